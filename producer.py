@@ -1,0 +1,353 @@
+"""Publish messages to RabbitMQ, and end when the broker has taken responsibility for all of them.
+
+    python producer.py 'Hello World!'       one message for each argument
+    python producer.py - < access.log       one message for each line of standard input
+
+Guaranteed: what is reported as published is safe on disk, in a quorum queue or wherever the exchange
+routed it. What no queue would receive is reported. An outage is waited for, and what was not confirmed
+before it is sent again, under the same message id.
+Not guaranteed: that a message comes only once. After an outage some may come twice.
+
+To publish from a program of yours, use `Producer`. The other half of the pair is consumer.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import logging
+import os
+import queue
+import random
+import re
+import signal
+import ssl
+import sys
+import threading
+import time
+import uuid
+from typing import Any, Iterator, Sequence
+from urllib.parse import urlsplit
+
+import pika
+import pika.exceptions
+from pika.adapters.utils.connection_workflow import AMQPConnectorException
+
+URL = "amqp://guest:guest@localhost:5672/%2F"
+QUEUE = "hello"
+CONNECT_TIMEOUT = 60  # seconds; a service that must not give up wants math.inf, one that must not wait 2
+READ_SIZE = 65536  # bytes of standard input; what one read gives is one batch, more is faster and takes more memory
+QUEUE_ARGUMENTS = {
+    "x-queue-type": "quorum",
+    "x-delivery-limit": 20,  # a message that fails is delivered again as many times, then moved to NAME.dead;
+    "x-delayed-retry-type": "failed",  # RabbitMQ 4.3 and later wait before each time,
+    "x-delayed-retry-min": 1000,  # ms for each failure so far,
+    "x-delayed-retry-max": 60000,  # ms at most
+}
+
+# What follows, down to `set_up`, is the same in producer.py and consumer.py.
+CONNECTION_ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)
+HINTS = {  # what to do about a reply that would be the same the next time
+    403: "check user, password and permissions; names that start with amq. are reserved",
+    404: "-t TYPE declares an exchange",
+    405: "it belongs to another connection",
+    406: "the settings of what has this name, or the message, do not fit",
+    530: "check the virtual host in the URL, and that the user may use it",
+}
+log = logging.getLogger(__name__)
+
+
+class Stop(Exception):
+    """Ends the program; the text, if there is one, says what was not done and why."""
+
+
+def declare_queue(connection: pika.BlockingConnection, queue: str) -> None:
+    """The queue and NAME.dead exist; what existed with other settings is used as it is."""
+    dead = queue + ".dead"
+    # Only this strategy loses nothing on the way, and it needs this kind of overflow.
+    # https://www.rabbitmq.com/docs/quorum-queues#activating-at-least-once-dead-lettering
+    to_dead = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
+    to_dead.update({"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead})
+    # NAME.dead has to keep what it gets, but RabbitMQ 4 drops after 20 deliveries where nothing else is said.
+    for name, arguments in (queue, to_dead), (dead, {"x-delivery-limit": 2**31 - 1}):
+        channel = connection.channel()
+        try:
+            channel.queue_declare(queue=name, durable=True, arguments={**QUEUE_ARGUMENTS, **arguments})
+            channel.close()
+        except pika.exceptions.ChannelClosedByBroker as error:
+            if error.reply_code != 406:
+                raise
+            log.warning("warning: queue %s is used as it is: %s", name, error.reply_text)
+            return
+
+
+def backoff(timeout: float) -> Iterator[float]:
+    """Seconds to wait before each try, growing to 5, with jitter; no more once `timeout` seconds have passed."""
+    deadline, longest = time.monotonic() + timeout, 0.2
+    while time.monotonic() < deadline:
+        yield min(longest * random.uniform(0.5, 1), deadline - time.monotonic())
+        longest = min(2 * longest, 5)
+
+
+def pause(error: BaseException, delays: Iterator[float], options: argparse.Namespace) -> None:
+    """Log the error and wait before the next try; raise Stop if there is none left, or it would be useless."""
+    cause: Any = error
+    while isinstance(getattr(cause, "exception", cause.args and cause.args[0]), BaseException):
+        cause = getattr(cause, "exception", cause.args[0])  # pika wraps what the socket said, twice
+    text = getattr(cause, "reply_text", "") or getattr(cause, "strerror", "") or str(cause) or type(cause).__name__
+    code = getattr(cause, "reply_code", 0)
+    if isinstance(cause, (pika.exceptions.ProbableAuthenticationError, pika.exceptions.ProbableAccessDeniedError)):
+        code = 403 if "(403)" in text else 530 if "(530)" in text else 0  # pika keeps the reply as text only
+    # Two replies pass: a full queue (tx.commit), and a handler slower than the broker's patience.
+    final = code in HINTS and "partial tx" not in text and "timed out" not in text
+    hint = HINTS[code] if final else ""
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        final, hint = True, "SSL_CERT_FILE=FILE adds a private CA"
+    elif isinstance(cause, ConnectionRefusedError):
+        hint = "start a broker with: docker compose up -d --wait"
+    text = ",".join(f"{broker.host}:{broker.port}" for broker in options.url) + f": {text}" + (hint and f"; {hint}")
+    log.debug("", exc_info=error)
+    delay = None if final else next(delays, None)
+    if delay is None:
+        raise Stop(text if final else f"{text}; gave up after {options.connect_timeout:g} s") from error
+    log.warning("%s; next try in %.1f s", text, delay)
+    time.sleep(delay)
+
+
+def broker_urls(text: str) -> list[pika.URLParameters]:
+    """The connection parameters of each URL. Errors do not repeat the URL, because of the password in it."""
+    urls = re.split(",(?=amqps?://)", text)
+    try:
+        for url in urls:
+            parts = urlsplit(url.partition("?")[0])
+            pika.URLParameters(parts.geturl())
+            if parts.scheme not in ("amqp", "amqps") or parts.fragment or parts.path.count("/") > 1:
+                raise ValueError
+    except (ValueError, TypeError):
+        form = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
+        raise argparse.ArgumentTypeError(form) from None
+    try:
+        return [pika.URLParameters(url) for url in urls]
+    except Exception as error:  # of many kinds, depending on the option
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def short_string(text: str) -> str:
+    if len(text.encode()) > 250:  # AMQP allows 255; `.dead` has to fit
+        raise argparse.ArgumentTypeError("longer than 250 bytes")
+    return text
+
+
+def header(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not separator or not key:
+        raise argparse.ArgumentTypeError("expected KEY=VALUE")
+    value.encode()  # raises ValueError for what is not text
+    return short_string(key), value
+
+
+def seconds(text: str) -> float:
+    if not float(text) >= 0:
+        raise ValueError
+    return float(text)
+
+
+def common_options() -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    url = os.environ.get("AMQP_URL") or URL
+    add("--url", type=broker_urls, default=url, help="URL[,URL...], tried in order; else AMQP_URL, else localhost")
+    add("-q", "--queue", type=short_string, help=f"default: {QUEUE}")
+    add("-e", "--exchange", type=short_string, help="has to exist, unless -t is given")
+    add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange, of this type")
+    add("-H", "--header", type=header, action="append", default=[], metavar="KEY=VALUE", help="repeatable")
+    wait = "how long an unreachable broker is tried for; default: %(default)g"
+    add("--connect-timeout", type=seconds, default=CONNECT_TIMEOUT, metavar="SECONDS", help=wait)
+    add("-v", "--verbose", action="store_true", help="more on stderr")
+    return parser
+
+
+def set_up(options: argparse.Namespace) -> None:
+    """One line on stderr for each event; SIGTERM means what Ctrl-C means."""
+    level = logging.DEBUG if options.verbose else logging.INFO
+    logging.basicConfig(format=f"{os.path.basename(__file__)}: %(message)s", level=level)
+    logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # it has seven errors for one refused connection
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for broker in options.url:
+        broker.stack_timeout = min(broker.stack_timeout, max(options.connect_timeout, 1))
+
+
+class Producer:
+    """Publishes over one connection, which it renews when it breaks. Each thread needs one of its own."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.connection: pika.BlockingConnection | None = None
+        self.run = uuid.uuid4()
+        self.numbers = itertools.count(1)
+        self.safe = 0  # messages, from the first on, that need not be sent again
+        self.unroutable = 0  # those of them that no queue would receive
+
+    def publish(self, bodies: Sequence[bytes]) -> None:
+        """Return when the broker has taken responsibility for all messages; with none, keep the connection alive.
+
+        Raises Stop if the broker refuses, or is away for longer than `connect_timeout`; `safe` tells how far it got.
+        """
+        messages = [(self.properties(), body) for body in bodies]
+        size, delays = len(messages), backoff(self.options.connect_timeout)
+        while True:
+            try:
+                self.commit(messages[:size])
+            except CONNECTION_ERRORS as error:
+                self.close()
+                if size > 1 and getattr(error, "reply_code", 0) == 406:
+                    size //= 2  # one message is too large, or the queue is full: let those before it through
+                else:
+                    pause(error, delays, self.options)
+            else:
+                self.safe += len(messages[:size])
+                del messages[:size]
+                size, delays = 2 * size, backoff(self.options.connect_timeout)
+                if not messages:
+                    return
+
+    def properties(self) -> pika.BasicProperties:
+        """Those of the next message. What is sent again has the same `message_id`."""
+        return pika.BasicProperties(
+            content_type=self.options.content_type,
+            headers=dict(self.options.header) or None,
+            delivery_mode=2,  # persistent
+            message_id=f"{self.run}-{next(self.numbers)}",
+            timestamp=int(time.time()),
+        )
+
+    def connect(self) -> pika.BlockingConnection:
+        options = self.options
+        connection = pika.BlockingConnection(options.url)
+        if not options.exchange:
+            declare_queue(connection, options.queue)
+        self.channel = connection.channel()
+        if options.exchange:
+            self.channel.exchange_declare(
+                options.exchange, options.type or "direct", passive=not options.type, durable=True
+            )
+        # pika waits for each publisher confirm; a transaction has the broker confirm many messages at once.
+        # https://www.rabbitmq.com/docs/semantics#tx
+        self.channel.tx_select()
+        self.returned: list[Any] = []
+        self.channel.add_on_return_callback(lambda *message: self.returned.append(message))
+        return connection
+
+    def commit(self, messages: Sequence[tuple[pika.BasicProperties, bytes]]) -> None:
+        """Publish the messages and wait for the broker's confirmation."""
+        self.connection = self.connection or self.connect()
+        hint = "no confirmation for 10 s: has the broker a memory or disk alarm?"
+        overdue = threading.Timer(10, log.warning, [hint])
+        overdue.daemon = True
+        overdue.start()
+        try:
+            for properties, body in messages:
+                # Mandatory: otherwise what cannot be routed is dropped, and confirmed.
+                self.channel.basic_publish(
+                    self.options.exchange or "", self.options.routing_key, body, properties, mandatory=True
+                )
+            if messages:
+                self.channel.tx_commit()
+            self.connection.process_data_events()  # answers heartbeats, and dispatches what was returned
+        finally:
+            overdue.cancel()
+        self.unroutable += len(self.returned)
+        self.returned.clear()
+
+    def close(self) -> None:
+        if self.connection and self.connection.is_open:
+            with contextlib.suppress(*CONNECTION_ERRORS):  # whatever was confirmed stays so
+                self.connection.close()
+        self.connection = None
+
+
+def batches(messages: Sequence[str]) -> Iterator[Sequence[bytes]]:
+    """The bodies to publish, as they come; nothing when there is nothing for a second."""
+    yield []  # to connect, and see an error, before there is input
+    if messages != ["-"]:
+        yield [os.fsencode(message) for message in messages]
+        return
+    lines: queue.Queue[Sequence[bytes] | Stop] = queue.Queue(maxsize=2)
+    threading.Thread(target=read_lines, args=[lines], daemon=True).start()
+    while True:
+        try:
+            batch = lines.get(timeout=1)
+        except queue.Empty:
+            batch = []
+        if isinstance(batch, Stop):
+            raise batch
+        yield batch
+
+
+def read_lines(lines: queue.Queue[Sequence[bytes] | Stop]) -> None:
+    """Put the lines of standard input, those that end in one read together, and then a Stop."""
+    pieces: list[bytes] = []  # of a line that has not ended; joined once, because there can be many
+    try:
+        for data in iter(lambda: os.read(0, READ_SIZE), b""):
+            *ended, rest = data.split(b"\n")
+            if ended:
+                ended[0] = b"".join([*pieces, ended[0]])
+                pieces = []
+                lines.put(ended)
+            pieces.append(rest)
+        if any(pieces):
+            lines.put([b"".join(pieces)])
+        lines.put(Stop())
+    except OSError as error:
+        lines.put(Stop(f"standard input: {error.strerror}"))
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = common_options()
+    parser.add_argument("-r", "--routing-key", type=short_string, help="what the exchange routes by; default: empty")
+    parser.add_argument("--content-type", type=short_string, default="text/plain", help="default: %(default)s")
+    parser.add_argument("messages", nargs="*", metavar="MESSAGE", help="or - for the lines of standard input")
+    options = parser.parse_intermixed_args(argv)
+    for mistake, made in {
+        "a queue or an exchange has no empty name": "" in (options.queue, options.exchange),
+        "-q does not go with -e: the exchange's bindings decide on the queue": options.queue and options.exchange,
+        "-t and -r need -e": not options.exchange and (options.type or options.routing_key is not None),
+        "- does not go with other messages": "-" in options.messages and len(options.messages) > 1,
+        "standard input is closed": options.messages == ["-"] and sys.stdin is None,
+    }.items():
+        if made:
+            parser.error(mistake)
+    if not options.exchange:
+        options.queue = options.routing_key = options.queue or QUEUE
+    options.routing_key = options.routing_key or ""
+    options.messages = options.messages or ["Hello World!"]
+    return options
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    options = parse(argv)
+    set_up(options)
+    producer = Producer(options)
+    status, reason = 0, ""
+    try:
+        for bodies in batches(options.messages):
+            producer.publish(bodies)
+    except KeyboardInterrupt:
+        status, reason = 130, "interrupted"
+    except Stop as stop:
+        reason = str(stop)
+    safe, unroutable = producer.safe, producer.unroutable
+    if unroutable:
+        log.error("error: %d of %d messages were unroutable: no queue is bound for them", unroutable, safe)
+    if reason:
+        log.error("error: %s; %d messages are safe, resume with: tail -n +%d", reason, safe, safe + 1)
+        return status or 1
+    log.info("%d messages published", safe - unroutable)
+    producer.close()
+    return 1 if unroutable else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
