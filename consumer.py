@@ -21,14 +21,11 @@ import os
 import random
 import re
 import signal
-import ssl
 import sys
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Iterator, Sequence, Tuple
-from urllib.parse import urlsplit
 
 import pika
 import pika.exceptions
@@ -45,8 +42,12 @@ QUEUE_ARGUMENTS = {
     "x-delayed-retry-type": "failed",  # RabbitMQ 4.3 and later wait before each time,
     "x-delayed-retry-min": 1000,  # ms for each failure so far,
     "x-delayed-retry-max": 60000,  # ms at most
+    "x-dead-letter-exchange": "",
+    "x-dead-letter-strategy": "at-least-once",  # loses nothing on the way, and needs the next line
+    "x-overflow": "reject-publish",  # https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
 }
 Message = Tuple[pika.spec.Basic.Deliver, pika.BasicProperties, bytes]
+Outcome = Tuple[pika.spec.Basic.Deliver, bool]  # handled, or failed
 
 
 def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
@@ -63,12 +64,15 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
 
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)
-HINTS = {  # what to do about a reply that would be the same the next time
-    403: "check user, password and permissions; names that start with amq. are reserved",
-    404: "-t TYPE declares an exchange",
-    405: "it belongs to another connection",
-    406: "the settings of what has this name, or the message, do not fit",
-    530: "check the virtual host in the URL, and that the user may use it",
+FINAL = {  # errors that would be the same the next time, and what to do about them; the first that fits counts
+    "partial tx completion": "",  # passes: a queue is full
+    "timed out": "",  # passes: a handler took longer than the broker waits
+    "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
+    "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
+    "NOT_FOUND": "-t TYPE declares an exchange",
+    "PRECONDITION_FAILED": "the message, or the settings of what has this name, do not fit",
+    "RESOURCE_LOCKED": "it belongs to another connection",
+    "CERTIFICATE_VERIFY_FAILED": "SSL_CERT_FILE=FILE adds a private CA",
 }
 log = logging.getLogger(__name__)
 
@@ -79,16 +83,13 @@ class Stop(Exception):
 
 def declare_queue(connection: pika.BlockingConnection, queue: str) -> None:
     """The queue and NAME.dead exist; what existed with other settings is used as it is."""
-    dead = queue + ".dead"
-    # Only this strategy loses nothing on the way, and it needs this kind of overflow.
-    # https://www.rabbitmq.com/docs/quorum-queues#activating-at-least-once-dead-lettering
-    to_dead = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
-    to_dead.update({"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead})
-    # NAME.dead has to keep what it gets, but RabbitMQ 4 drops after 20 deliveries where nothing else is said.
-    for name, arguments in (queue, to_dead), (dead, {"x-delivery-limit": 2**31 - 1}):
+    dead = f"{queue}.dead"
+    # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
+    for name, limit in (queue, {}), (dead, {"x-delivery-limit": 2**31 - 1}):
         channel = connection.channel()
         try:
-            channel.queue_declare(queue=name, durable=True, arguments={**QUEUE_ARGUMENTS, **arguments})
+            arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": dead, **limit}
+            channel.queue_declare(queue=name, durable=True, arguments=arguments)
             channel.close()
         except pika.exceptions.ChannelClosedByBroker as error:
             if error.reply_code != 406:
@@ -107,25 +108,16 @@ def backoff(timeout: float) -> Iterator[float]:
 
 def pause(error: BaseException, delays: Iterator[float], options: argparse.Namespace) -> None:
     """Log the error and wait before the next try; raise Stop if there is none left, or it would be useless."""
-    cause: Any = error
-    while isinstance(getattr(cause, "exception", cause.args and cause.args[0]), BaseException):
-        cause = getattr(cause, "exception", cause.args[0])  # pika wraps what the socket said, twice
-    text = getattr(cause, "reply_text", "") or getattr(cause, "strerror", "") or str(cause) or type(cause).__name__
-    code = getattr(cause, "reply_code", 0)
-    if isinstance(cause, (pika.exceptions.ProbableAuthenticationError, pika.exceptions.ProbableAccessDeniedError)):
-        code = 403 if "(403)" in text else 530 if "(530)" in text else 0  # pika keeps the reply as text only
-    # Two replies pass: a full queue (tx.commit), and a handler slower than the broker's patience.
-    final = code in HINTS and "partial tx" not in text and "timed out" not in text
-    hint = HINTS[code] if final else ""
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        final, hint = True, "SSL_CERT_FILE=FILE adds a private CA"
-    elif isinstance(cause, ConnectionRefusedError):
+    cause = getattr(error.args[0], "exception", error) if error.args else error  # what the socket said
+    text = getattr(cause, "reply_text", "") or str(cause) or repr(cause)
+    hint = next((hint for word, hint in FINAL.items() if word in text), "")
+    delay = None if hint else next(delays, None)
+    if isinstance(cause, ConnectionRefusedError):
         hint = "start a broker with: docker compose up -d --wait"
     text = ",".join(f"{broker.host}:{broker.port}" for broker in options.url) + f": {text}" + (hint and f"; {hint}")
     log.debug("", exc_info=error)
-    delay = None if final else next(delays, None)
     if delay is None:
-        raise Stop(text if final else f"{text}; gave up after {options.connect_timeout:g} s") from error
+        raise Stop(text) from error
     log.warning("%s; next try in %.1f s", text, delay)
     time.sleep(delay)
 
@@ -133,15 +125,10 @@ def pause(error: BaseException, delays: Iterator[float], options: argparse.Names
 def broker_urls(text: str) -> list[pika.URLParameters]:
     """The connection parameters of each URL. Errors do not repeat the URL, because of the password in it."""
     urls = re.split(",(?=amqps?://)", text)
-    try:
-        for url in urls:
-            parts = urlsplit(url.partition("?")[0])
-            pika.URLParameters(parts.geturl())
-            if parts.scheme not in ("amqp", "amqps") or parts.fragment or parts.path.count("/") > 1:
-                raise ValueError
-    except (ValueError, TypeError):
-        form = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
-        raise argparse.ArgumentTypeError(form) from None
+    form = r"amqps?://([^/?#@:]*:[^/?#@]*@)?(\[[^]/?#@]*\]|[^/?#@:]*)(:\d+)?(/[^/?#@]*)?(\?.*)?"
+    if not all(re.fullmatch(form, url) for url in urls):
+        form = "amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
+        raise argparse.ArgumentTypeError(f"expected {form}")
     try:
         return [pika.URLParameters(url) for url in urls]
     except Exception as error:  # of many kinds, depending on the option
@@ -162,12 +149,6 @@ def header(text: str) -> tuple[str, str]:
     return short_string(key), value
 
 
-def seconds(text: str) -> float:
-    if not float(text) >= 0:
-        raise ValueError
-    return float(text)
-
-
 def common_options() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=formatter)
@@ -179,7 +160,7 @@ def common_options() -> argparse.ArgumentParser:
     add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange, of this type")
     add("-H", "--header", type=header, action="append", default=[], metavar="KEY=VALUE", help="repeatable")
     wait = "how long an unreachable broker is tried for; default: %(default)g"
-    add("--connect-timeout", type=seconds, default=CONNECT_TIMEOUT, metavar="SECONDS", help=wait)
+    add("--connect-timeout", type=float, default=CONNECT_TIMEOUT, metavar="SECONDS", help=wait)
     add("-v", "--verbose", action="store_true", help="more on stderr")
     return parser
 
@@ -200,33 +181,31 @@ class Consumer:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.queue = options.queue
-        self.left = options.count or sys.maxsize  # messages still to be taken from the queue
+        self.left = options.count or sys.maxsize  # messages still to be handled
+        self.delays = backoff(options.connect_timeout)
         self.worker = ThreadPoolExecutor(max_workers=1)
-        self.consuming = False
-        self.stopping = threading.Event()
+        self.consuming = self.stopping = False
         self.reason = ""  # why `handle` stopped the program
 
     def stop(self, *_signal: Any) -> None:
         """Stop after the message in hand; the second time, at once."""
-        if self.stopping.is_set():
-            os._exit(130)  # the only way not to wait for `handle`
-        self.stopping.set()
+        if self.stopping:
+            os._exit(130)  # everything else would wait for `handle`
+        self.stopping = True
         if not self.consuming:
-            raise Stop
+            raise KeyboardInterrupt
 
     def run(self) -> None:
         """Consume until told to stop; raises Stop if the broker refuses, or is away for `connect_timeout`."""
-        delays = backoff(self.options.connect_timeout)
-        while not self.stopping.is_set():
+        while self.left and not self.stopping:
             try:
                 with pika.BlockingConnection(self.options.url) as connection:
                     self.declare(connection)
-                    for _ in self.consume(connection):
-                        delays = backoff(self.options.connect_timeout)
+                    self.consume(connection.channel())
                     return
             except CONNECTION_ERRORS as error:
-                if not self.stopping.is_set():
-                    pause(error, delays, self.options)
+                if not self.stopping:
+                    pause(error, self.delays, self.options)
 
     def declare(self, connection: pika.BlockingConnection) -> None:
         """The queue exists, and is bound as the options say."""
@@ -247,80 +226,69 @@ class Consumer:
                 channel.queue_bind(self.queue, options.exchange, routing_key, arguments)
             channel.close()
 
-    def consume(self, connection: pika.BlockingConnection) -> Iterator[None]:
-        """Handle messages until told to stop; yields now and then, which shows that the broker is well."""
-        channel = connection.channel()
+    def consume(self, channel: BlockingChannel) -> None:
+        """Have messages handled until told to stop, then give back the others."""
+        waiting: deque[Message] = deque()  # for the worker
+        outcomes: deque[Outcome] = deque()  # of its work
         channel.basic_qos(prefetch_count=min(self.options.prefetch, self.left))
-        waiting: list[Message] = []
-        batch: deque[Message] = deque()  # what the worker has to do
-        outcomes: deque[tuple[pika.spec.Basic.Deliver, bool]] = deque()  # what it has done: handled, or failed
-        cancelled = False
         self.consuming = True
         try:
-            while not cancelled:
-                self.settle(channel, outcomes)
-                waiting += self.receive(channel, timeout=0 if waiting else 0.2)
-                batch.extend(waiting[: self.left])
-                del waiting[: self.left]
-                self.left -= len(batch)
-                if self.stopping.is_set() or not self.left or (not batch and self.is_drained(channel)):
-                    # First receive what is on its way: pika rejects what arrives while it cancels, and the
-                    # broker counts that as a failure of the message.
-                    while self.receive(channel, timeout=0.05):
-                        pass
-                    channel.cancel()
-                    cancelled = True
-                job = self.worker.submit(self.work, batch, outcomes)
+            while True:
+                waiting.extend(self.receive(channel, timeout=0 if waiting else 0.2))
+                job = self.worker.submit(self.work, waiting, outcomes)
                 while wait([job], timeout=0.1).not_done:
-                    if cancelled:
-                        connection.process_data_events()
-                    else:
-                        waiting += self.receive(channel, timeout=0)
+                    waiting.extend(self.receive(channel, timeout=0))
                     self.settle(channel, outcomes)
-                yield
+                job.result()  # raises what `work` does not contain
+                if self.stopping or not self.left or (self.options.drain and not waiting and self.is_empty(channel)):
+                    break
+                self.settle(channel, outcomes)
+                self.delays = backoff(self.options.connect_timeout)  # all is well
+            # Receive what is on its way: pika rejects what arrives during a cancel, and that counts as a failure.
+            while self.receive(channel, timeout=0.05):
+                pass
+            channel.cancel()
             self.settle(channel, outcomes)
-            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # gives back what was not handled
+            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)
         finally:
             self.consuming = False
-            batch.clear()  # the broker delivers these again
+            waiting.clear()  # the broker delivers these again, perhaps to others
 
     def receive(self, channel: BlockingChannel, timeout: float) -> list[Message]:
-        """The messages that have been delivered, after `timeout` seconds at most."""
-        received: list[Message] = []
+        """Serve the connection until messages arrive, for `timeout` seconds at most, and return them."""
+        messages: list[Message] = []
         for method, properties, body in channel.consume(self.queue, inactivity_timeout=timeout):
-            if method and properties and body is not None:
-                received.append((method, properties, body))
+            if method and properties and body is not None:  # otherwise, the time is over
+                messages.append((method, properties, body))
             if not channel.get_waiting_message_count():
-                return received
-        raise pika.exceptions.ConsumerCancelled(
-            "consumer cancelled: queue deleted, or a handler slower than the broker allows"
-        )
+                return messages
+        raise pika.exceptions.ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
 
-    def is_drained(self, channel: BlockingChannel) -> bool:
-        """The queue is empty, and was to be emptied."""
-        if not self.options.drain:
-            return False
+    def is_empty(self, channel: BlockingChannel) -> bool:
+        """There are no messages in the queue, nor on their way."""
         ready = channel.queue_declare(self.queue, passive=True).method.message_count
         return not ready and not channel.get_waiting_message_count()
 
-    def work(self, batch: deque[Message], outcomes: deque[tuple[pika.spec.Basic.Deliver, bool]]) -> None:
-        """Handle the messages of the batch, as long as there are any, in the worker's thread."""
-        while batch and not self.stopping.is_set():
-            method, properties, body = batch.popleft()
+    def work(self, waiting: deque[Message], outcomes: deque[Outcome]) -> None:
+        """Handle what is waiting, as long as there is something. Runs in the worker's thread."""
+        while waiting and self.left and not self.stopping:
+            method, properties, body = waiting.popleft()
             log.debug("%s %s", method, properties)
             try:
                 handle(method, properties, body)
-                sys.stdout.flush()  # of a `handle` that prints
-                outcomes.append((method, True))
+                sys.stdout.flush()  # what a `handle` prints has to be out before the message is acknowledged
             except Stop as stop:
-                self.reason = str(stop)
-                self.stopping.set()
+                self.reason, self.stopping = str(stop), True
+                return
             except Exception as error:
                 log.error("error: message %s failed: %r", properties.message_id, error)
                 log.debug("", exc_info=error)
                 outcomes.append((method, False))
+            else:
+                outcomes.append((method, True))
+            self.left -= 1
 
-    def settle(self, channel: BlockingChannel, outcomes: deque[tuple[pika.spec.Basic.Deliver, bool]]) -> None:
+    def settle(self, channel: BlockingChannel, outcomes: deque[Outcome]) -> None:
         """Acknowledge what was handled, all with one frame; reject what failed."""
         handled = 0
         while outcomes:
@@ -328,7 +296,7 @@ class Consumer:
             if success:
                 handled = method.delivery_tag
             else:
-                # Not basic_nack, which RabbitMQ 4.3 does not count. Nothing counts in a private queue: drop it there.
+                # Not basic_nack, which RabbitMQ 4.3 does not count. A private queue counts nothing: drop it there.
                 requeue = bool(self.options.queue) or not method.redelivered
                 channel.basic_reject(method.delivery_tag, requeue=requeue)
         if handled:
@@ -338,19 +306,15 @@ class Consumer:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common_options()
     add = parser.add_argument
-    add(
-        "-r",
-        "--routing-key",
-        type=short_string,
-        action="append",
-        help="of a binding; repeatable; default: all messages",
-    )
+    keys = "binding of the queue to the exchange; repeatable; default: all messages"
+    add("-r", "--routing-key", type=short_string, action="append", help=keys)
     add("--match", choices=["all", "any"], help="how many of the headers have to match; default: all")
     add("-c", "--count", type=int, metavar="N", help="stop after N messages")
     add("--drain", action="store_true", help="stop when the queue is empty")
     add("--prefetch", type=int, default=PREFETCH, metavar="N", help="messages taken in advance; default: %(default)s")
     options = parser.parse_args(argv)
     for mistake, made in {
+        "--connect-timeout: at least 0": not options.connect_timeout >= 0,
         "a queue or an exchange has no empty name": "" in (options.queue, options.exchange),
         "-t, -r and -H need -e": not options.exchange and (options.type or options.routing_key or options.header),
         "-H needs an exchange of type headers": options.header and options.type not in (None, "headers"),
@@ -374,6 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, consumer.stop)
     try:
         consumer.run()
+    except KeyboardInterrupt:
+        pass  # told to stop while it had no connection
     except Stop as stop:
         consumer.reason = str(stop)
     if consumer.reason:

@@ -22,13 +22,11 @@ import queue
 import random
 import re
 import signal
-import ssl
 import sys
 import threading
 import time
 import uuid
 from typing import Any, Iterator, Sequence
-from urllib.parse import urlsplit
 
 import pika
 import pika.exceptions
@@ -44,16 +42,22 @@ QUEUE_ARGUMENTS = {
     "x-delayed-retry-type": "failed",  # RabbitMQ 4.3 and later wait before each time,
     "x-delayed-retry-min": 1000,  # ms for each failure so far,
     "x-delayed-retry-max": 60000,  # ms at most
+    "x-dead-letter-exchange": "",
+    "x-dead-letter-strategy": "at-least-once",  # loses nothing on the way, and needs the next line
+    "x-overflow": "reject-publish",  # https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
 }
 
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)
-HINTS = {  # what to do about a reply that would be the same the next time
-    403: "check user, password and permissions; names that start with amq. are reserved",
-    404: "-t TYPE declares an exchange",
-    405: "it belongs to another connection",
-    406: "the settings of what has this name, or the message, do not fit",
-    530: "check the virtual host in the URL, and that the user may use it",
+FINAL = {  # errors that would be the same the next time, and what to do about them; the first that fits counts
+    "partial tx completion": "",  # passes: a queue is full
+    "timed out": "",  # passes: a handler took longer than the broker waits
+    "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
+    "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
+    "NOT_FOUND": "-t TYPE declares an exchange",
+    "PRECONDITION_FAILED": "the message, or the settings of what has this name, do not fit",
+    "RESOURCE_LOCKED": "it belongs to another connection",
+    "CERTIFICATE_VERIFY_FAILED": "SSL_CERT_FILE=FILE adds a private CA",
 }
 log = logging.getLogger(__name__)
 
@@ -64,16 +68,13 @@ class Stop(Exception):
 
 def declare_queue(connection: pika.BlockingConnection, queue: str) -> None:
     """The queue and NAME.dead exist; what existed with other settings is used as it is."""
-    dead = queue + ".dead"
-    # Only this strategy loses nothing on the way, and it needs this kind of overflow.
-    # https://www.rabbitmq.com/docs/quorum-queues#activating-at-least-once-dead-lettering
-    to_dead = {"x-dead-letter-strategy": "at-least-once", "x-overflow": "reject-publish"}
-    to_dead.update({"x-dead-letter-exchange": "", "x-dead-letter-routing-key": dead})
-    # NAME.dead has to keep what it gets, but RabbitMQ 4 drops after 20 deliveries where nothing else is said.
-    for name, arguments in (queue, to_dead), (dead, {"x-delivery-limit": 2**31 - 1}):
+    dead = f"{queue}.dead"
+    # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
+    for name, limit in (queue, {}), (dead, {"x-delivery-limit": 2**31 - 1}):
         channel = connection.channel()
         try:
-            channel.queue_declare(queue=name, durable=True, arguments={**QUEUE_ARGUMENTS, **arguments})
+            arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": dead, **limit}
+            channel.queue_declare(queue=name, durable=True, arguments=arguments)
             channel.close()
         except pika.exceptions.ChannelClosedByBroker as error:
             if error.reply_code != 406:
@@ -92,25 +93,16 @@ def backoff(timeout: float) -> Iterator[float]:
 
 def pause(error: BaseException, delays: Iterator[float], options: argparse.Namespace) -> None:
     """Log the error and wait before the next try; raise Stop if there is none left, or it would be useless."""
-    cause: Any = error
-    while isinstance(getattr(cause, "exception", cause.args and cause.args[0]), BaseException):
-        cause = getattr(cause, "exception", cause.args[0])  # pika wraps what the socket said, twice
-    text = getattr(cause, "reply_text", "") or getattr(cause, "strerror", "") or str(cause) or type(cause).__name__
-    code = getattr(cause, "reply_code", 0)
-    if isinstance(cause, (pika.exceptions.ProbableAuthenticationError, pika.exceptions.ProbableAccessDeniedError)):
-        code = 403 if "(403)" in text else 530 if "(530)" in text else 0  # pika keeps the reply as text only
-    # Two replies pass: a full queue (tx.commit), and a handler slower than the broker's patience.
-    final = code in HINTS and "partial tx" not in text and "timed out" not in text
-    hint = HINTS[code] if final else ""
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        final, hint = True, "SSL_CERT_FILE=FILE adds a private CA"
-    elif isinstance(cause, ConnectionRefusedError):
+    cause = getattr(error.args[0], "exception", error) if error.args else error  # what the socket said
+    text = getattr(cause, "reply_text", "") or str(cause) or repr(cause)
+    hint = next((hint for word, hint in FINAL.items() if word in text), "")
+    delay = None if hint else next(delays, None)
+    if isinstance(cause, ConnectionRefusedError):
         hint = "start a broker with: docker compose up -d --wait"
     text = ",".join(f"{broker.host}:{broker.port}" for broker in options.url) + f": {text}" + (hint and f"; {hint}")
     log.debug("", exc_info=error)
-    delay = None if final else next(delays, None)
     if delay is None:
-        raise Stop(text if final else f"{text}; gave up after {options.connect_timeout:g} s") from error
+        raise Stop(text) from error
     log.warning("%s; next try in %.1f s", text, delay)
     time.sleep(delay)
 
@@ -118,15 +110,10 @@ def pause(error: BaseException, delays: Iterator[float], options: argparse.Names
 def broker_urls(text: str) -> list[pika.URLParameters]:
     """The connection parameters of each URL. Errors do not repeat the URL, because of the password in it."""
     urls = re.split(",(?=amqps?://)", text)
-    try:
-        for url in urls:
-            parts = urlsplit(url.partition("?")[0])
-            pika.URLParameters(parts.geturl())
-            if parts.scheme not in ("amqp", "amqps") or parts.fragment or parts.path.count("/") > 1:
-                raise ValueError
-    except (ValueError, TypeError):
-        form = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
-        raise argparse.ArgumentTypeError(form) from None
+    form = r"amqps?://([^/?#@:]*:[^/?#@]*@)?(\[[^]/?#@]*\]|[^/?#@:]*)(:\d+)?(/[^/?#@]*)?(\?.*)?"
+    if not all(re.fullmatch(form, url) for url in urls):
+        form = "amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
+        raise argparse.ArgumentTypeError(f"expected {form}")
     try:
         return [pika.URLParameters(url) for url in urls]
     except Exception as error:  # of many kinds, depending on the option
@@ -147,12 +134,6 @@ def header(text: str) -> tuple[str, str]:
     return short_string(key), value
 
 
-def seconds(text: str) -> float:
-    if not float(text) >= 0:
-        raise ValueError
-    return float(text)
-
-
 def common_options() -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=formatter)
@@ -164,7 +145,7 @@ def common_options() -> argparse.ArgumentParser:
     add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange, of this type")
     add("-H", "--header", type=header, action="append", default=[], metavar="KEY=VALUE", help="repeatable")
     wait = "how long an unreachable broker is tried for; default: %(default)g"
-    add("--connect-timeout", type=seconds, default=CONNECT_TIMEOUT, metavar="SECONDS", help=wait)
+    add("--connect-timeout", type=float, default=CONNECT_TIMEOUT, metavar="SECONDS", help=wait)
     add("-v", "--verbose", action="store_true", help="more on stderr")
     return parser
 
@@ -311,6 +292,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("messages", nargs="*", metavar="MESSAGE", help="or - for the lines of standard input")
     options = parser.parse_intermixed_args(argv)
     for mistake, made in {
+        "--connect-timeout: at least 0": not options.connect_timeout >= 0,
         "a queue or an exchange has no empty name": "" in (options.queue, options.exchange),
         "-q does not go with -e: the exchange's bindings decide on the queue": options.queue and options.exchange,
         "-t and -r need -e": not options.exchange and (options.type or options.routing_key is not None),

@@ -40,7 +40,7 @@ def free_ports(count: int) -> list[int]:
 
 def run(command: Sequence[str], **options: Any) -> str:
     """The output of a command; RuntimeError with its errors if it fails."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    done = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
     return str(done.stdout)
