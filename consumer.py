@@ -208,32 +208,39 @@ class Consumer:
                     pause(error, self.delays, self.options)
 
     def declare(self, connection: pika.BlockingConnection) -> None:
-        """The queue exists, and is bound as the options say."""
+        """The queue exists."""
         options = self.options
         if options.queue:
             declare_queue(connection, options.queue)
+        else:
+            if self.queue:
+                log.warning("warning: what was sent during the outage is missed, because the queue was private")
+            self.queue = connection.channel().queue_declare("", exclusive=True).method.queue
+
+    def bind(self, channel: BlockingChannel) -> None:
+        """The exchange exists, and the queue is bound to it as the options say."""
+        options = self.options
         if options.exchange:
-            channel = connection.channel()
-            channel.exchange_declare(options.exchange, options.type or "direct", passive=not options.type, durable=True)
-            if not options.queue:
-                if self.queue:
-                    log.warning("warning: what was sent during the outage is missed, because the queue was private")
-                self.queue = channel.queue_declare("", exclusive=True).method.queue
+            exchange_type = options.type or "direct"  # which a passive declaration ignores
+            channel.exchange_declare(options.exchange, exchange_type, passive=not options.type, durable=True)
             arguments = {"x-match": options.match or "all", **dict(options.header)} if options.header else None
-            # Without -r, all messages; without -t, the type that this depends on is not known.
+            # By default all messages; without -t, the type that this depends on is not known.
             default = {"topic": ["#"], None: ["", "#"]}.get(options.type, [""])
             for routing_key in options.routing_key or default:
                 channel.queue_bind(self.queue, options.exchange, routing_key, arguments)
-            channel.close()
 
     def consume(self, channel: BlockingChannel) -> None:
         """Have messages handled until told to stop, then give back the others."""
         waiting: deque[Message] = deque()  # for the worker
         outcomes: deque[Outcome] = deque()  # of its work
         channel.basic_qos(prefetch_count=min(self.options.prefetch, self.left))
+        bound = -math.inf
         self.consuming = True
         try:
             while True:
+                if time.monotonic() - bound > 10:
+                    self.bind(channel)  # again and again, because the broker does not tell when an exchange is deleted
+                    bound = time.monotonic()
                 waiting.extend(self.receive(channel, timeout=0 if waiting else 0.2))
                 job = self.worker.submit(self.work, waiting, outcomes)
                 while wait([job], timeout=0.1).not_done:

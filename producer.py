@@ -26,7 +26,7 @@ import sys
 import threading
 import time
 import uuid
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Sequence, Tuple
 
 import pika
 import pika.exceptions
@@ -160,27 +160,43 @@ def set_up(options: argparse.Namespace) -> None:
         broker.stack_timeout = min(broker.stack_timeout, max(options.connect_timeout, 1))
 
 
+Message = Tuple[str, pika.BasicProperties, bytes]  # routing key, properties, body
+
+
 class Producer:
-    """Publishes over one connection, which it renews when it breaks. Each thread needs one of its own."""
+    """Publishes over one connection, which it renews when it breaks. Each thread needs a Producer of its own."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.connection: pika.BlockingConnection | None = None
-        self.run = uuid.uuid4()
-        self.numbers = itertools.count(1)
+        run = uuid.uuid4()
+        self.message_ids = (f"{run}-{number}" for number in itertools.count(1))
         self.safe = 0  # messages, from the first on, that need not be sent again
         self.unroutable = 0  # those of them that no queue would receive
 
-    def publish(self, bodies: Sequence[bytes]) -> None:
+    def message(self, body: bytes, routing_key: str | None = None, **properties: Any) -> Message:
+        """A message to publish. It keeps its `message_id` when it is sent again."""
+        options = self.options
+        defaults: dict[str, Any] = {
+            "content_type": options.content_type,
+            "headers": options.header,
+            "delivery_mode": 2,  # persistent
+            "message_id": next(self.message_ids),
+            "timestamp": int(time.time()),
+        }
+        key = options.routing_key if routing_key is None else routing_key
+        return key, pika.BasicProperties(**{**defaults, **properties}), body
+
+    def publish(self, messages: Sequence[Message]) -> None:
         """Return when the broker has taken responsibility for all messages; with none, keep the connection alive.
 
         Raises Stop if the broker refuses, or is away for longer than `connect_timeout`; `safe` tells how far it got.
         """
-        messages = [(self.properties(), body) for body in bodies]
-        size, delays = len(messages), backoff(self.options.connect_timeout)
+        left, size = list(messages), len(messages)
+        delays = backoff(self.options.connect_timeout)
         while True:
             try:
-                self.commit(messages[:size])
+                self.commit(left[:size])
             except CONNECTION_ERRORS as error:
                 self.close()
                 if size > 1 and getattr(error, "reply_code", 0) == 406:
@@ -188,32 +204,22 @@ class Producer:
                 else:
                     pause(error, delays, self.options)
             else:
-                self.safe += len(messages[:size])
-                del messages[:size]
-                size, delays = 2 * size, backoff(self.options.connect_timeout)
-                if not messages:
+                self.safe += len(left[:size])
+                del left[:size]
+                if not left:
                     return
-
-    def properties(self) -> pika.BasicProperties:
-        """Those of the next message. What is sent again has the same `message_id`."""
-        return pika.BasicProperties(
-            content_type=self.options.content_type,
-            headers=dict(self.options.header) or None,
-            delivery_mode=2,  # persistent
-            message_id=f"{self.run}-{next(self.numbers)}",
-            timestamp=int(time.time()),
-        )
+                size, delays = 2 * size, backoff(self.options.connect_timeout)
 
     def connect(self) -> pika.BlockingConnection:
+        """A connection, with `channel` ready to publish on."""
         options = self.options
-        connection = pika.BlockingConnection(options.url)
-        if not options.exchange:
-            declare_queue(connection, options.queue)
+        self.connection = connection = pika.BlockingConnection(options.url)
         self.channel = connection.channel()
         if options.exchange:
-            self.channel.exchange_declare(
-                options.exchange, options.type or "direct", passive=not options.type, durable=True
-            )
+            exchange_type = options.type or "direct"  # which a passive declaration ignores
+            self.channel.exchange_declare(options.exchange, exchange_type, passive=not options.type, durable=True)
+        else:
+            declare_queue(connection, options.queue)
         # pika waits for each publisher confirm; a transaction has the broker confirm many messages at once.
         # https://www.rabbitmq.com/docs/semantics#tx
         self.channel.tx_select()
@@ -221,22 +227,20 @@ class Producer:
         self.channel.add_on_return_callback(lambda *message: self.returned.append(message))
         return connection
 
-    def commit(self, messages: Sequence[tuple[pika.BasicProperties, bytes]]) -> None:
-        """Publish the messages and wait for the broker's confirmation."""
-        self.connection = self.connection or self.connect()
+    def commit(self, messages: Sequence[Message]) -> None:
+        """Publish the messages and wait until the broker confirms them."""
+        connection = self.connection or self.connect()
         hint = "no confirmation for 10 s: has the broker a memory or disk alarm?"
         overdue = threading.Timer(10, log.warning, [hint])
         overdue.daemon = True
         overdue.start()
         try:
-            for properties, body in messages:
-                # Mandatory: otherwise what cannot be routed is dropped, and confirmed.
-                self.channel.basic_publish(
-                    self.options.exchange or "", self.options.routing_key, body, properties, mandatory=True
-                )
+            for routing_key, properties, body in messages:
+                # Mandatory, because otherwise what cannot be routed is dropped, and confirmed.
+                self.channel.basic_publish(self.options.exchange or "", routing_key, body, properties, mandatory=True)
             if messages:
                 self.channel.tx_commit()
-            self.connection.process_data_events()  # answers heartbeats, and dispatches what was returned
+            connection.process_data_events()  # answers heartbeats, and dispatches what was returned
         finally:
             overdue.cancel()
         self.unroutable += len(self.returned)
@@ -244,7 +248,7 @@ class Producer:
 
     def close(self) -> None:
         if self.connection and self.connection.is_open:
-            with contextlib.suppress(*CONNECTION_ERRORS):  # whatever was confirmed stays so
+            with contextlib.suppress(*CONNECTION_ERRORS):  # what was confirmed stays so
                 self.connection.close()
         self.connection = None
 
@@ -303,6 +307,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(mistake)
     if not options.exchange:
         options.queue = options.routing_key = options.queue or QUEUE
+    options.header = dict(options.header) or None
     options.routing_key = options.routing_key or ""
     options.messages = options.messages or ["Hello World!"]
     return options
@@ -315,7 +320,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     status, reason = 0, ""
     try:
         for bodies in batches(options.messages):
-            producer.publish(bodies)
+            producer.publish([producer.message(body) for body in bodies])
     except KeyboardInterrupt:
         status, reason = 130, "interrupted"
     except Stop as stop:
@@ -324,9 +329,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unroutable:
         log.error("error: %d of %d messages were unroutable: no queue is bound for them", unroutable, safe)
     if reason:
-        log.error("error: %s; %d messages are safe, resume with: tail -n +%d", reason, safe, safe + 1)
+        resume = f", resume with: tail -n +{safe + 1}" if options.messages == ["-"] else ""
+        log.error("error: %s; %d messages are safe%s", reason, safe, resume)
         return status or 1
-    log.info("%d messages published", safe - unroutable)
+    published = safe - unroutable
+    log.info("%d message%s published", published, "s" * (published != 1))
     producer.close()
     return 1 if unroutable else 0
 

@@ -20,7 +20,7 @@ def test_hello_world_goes_from_the_producer_to_the_consumer(run: Run, queue: str
 
     consumer = run("consumer", "-q", queue, "--drain")
 
-    assert producer.stderr == "producer.py: 1 messages published\n"
+    assert producer.stderr == "producer.py: 1 message published\n"
     assert producer.stdout == b""
     assert consumer.stdout == b"Hello World!\n"
     assert consumer.stderr == ""
@@ -51,7 +51,7 @@ def test_every_byte_of_standard_input_comes_back(run: Run, queue: str, data: byt
     producer = run("producer", "-q", queue, "-", input=data)
     consumer = run("consumer", "-q", queue, "--drain")
 
-    assert producer.stderr == f"producer.py: {lines} messages published\n"
+    assert producer.stderr == f"producer.py: {lines} message{'s' * (lines != 1)} published\n"
     assert consumer.stdout == data + (b"" if data.endswith(b"\n") else b"\n")
 
 
