@@ -280,7 +280,8 @@ class Consumer:
         """Handle what is waiting, as long as there is something. Runs in the worker's thread."""
         while waiting and self.left and not self.stopping:
             method, properties, body = waiting.popleft()
-            log.debug("%s %s", method, properties)
+            place = (method.exchange, method.routing_key, properties.headers, properties.message_id, method.redelivered)
+            log.debug("exchange %r, routing key %r, headers %s, message id %s, redelivered %s", *place)
             try:
                 handle(method, properties, body)
                 sys.stdout.flush()  # what a `handle` prints has to be out before the message is acknowledged
