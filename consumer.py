@@ -46,7 +46,7 @@ QUEUE_ARGUMENTS = {
     "x-dead-letter-strategy": "at-least-once",  # loses nothing on the way, and needs the next line
     "x-overflow": "reject-publish",  # https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
 }
-Message = Tuple[pika.spec.Basic.Deliver, pika.BasicProperties, bytes]
+Delivery = Tuple[pika.spec.Basic.Deliver, pika.BasicProperties, bytes]
 Outcome = Tuple[pika.spec.Basic.Deliver, bool]  # handled, or failed
 
 
@@ -127,8 +127,8 @@ def broker_urls(text: str) -> list[pika.URLParameters]:
     urls = re.split(",(?=amqps?://)", text)
     form = r"amqps?://([^/?#@:]*:[^/?#@]*@)?(\[[^]/?#@]*\]|[^/?#@:]*)(:\d+)?(/[^/?#@]*)?(\?.*)?"
     if not all(re.fullmatch(form, url) for url in urls):
-        form = "amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
-        raise argparse.ArgumentTypeError(f"expected {form}")
+        form = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
+        raise argparse.ArgumentTypeError(form)
     try:
         return [pika.URLParameters(url) for url in urls]
     except Exception as error:  # of many kinds, depending on the option
@@ -231,7 +231,7 @@ class Consumer:
 
     def consume(self, channel: BlockingChannel) -> None:
         """Have messages handled until told to stop, then give back the others."""
-        waiting: deque[Message] = deque()  # for the worker
+        waiting: deque[Delivery] = deque()  # for the worker
         outcomes: deque[Outcome] = deque()  # of its work
         channel.basic_qos(prefetch_count=min(self.options.prefetch, self.left))
         bound = -math.inf
@@ -261,9 +261,9 @@ class Consumer:
             self.consuming = False
             waiting.clear()  # the broker delivers these again, perhaps to others
 
-    def receive(self, channel: BlockingChannel, timeout: float) -> list[Message]:
+    def receive(self, channel: BlockingChannel, timeout: float) -> list[Delivery]:
         """Serve the connection until messages arrive, for `timeout` seconds at most, and return them."""
-        messages: list[Message] = []
+        messages: list[Delivery] = []
         for method, properties, body in channel.consume(self.queue, inactivity_timeout=timeout):
             if method and properties and body is not None:  # otherwise, the time is over
                 messages.append((method, properties, body))
@@ -276,7 +276,7 @@ class Consumer:
         ready = channel.queue_declare(self.queue, passive=True).method.message_count
         return not ready and not channel.get_waiting_message_count()
 
-    def work(self, waiting: deque[Message], outcomes: deque[Outcome]) -> None:
+    def work(self, waiting: deque[Delivery], outcomes: deque[Outcome]) -> None:
         """Handle what is waiting, as long as there is something. Runs in the worker's thread."""
         while waiting and self.left and not self.stopping:
             method, properties, body = waiting.popleft()

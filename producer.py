@@ -112,8 +112,8 @@ def broker_urls(text: str) -> list[pika.URLParameters]:
     urls = re.split(",(?=amqps?://)", text)
     form = r"amqps?://([^/?#@:]*:[^/?#@]*@)?(\[[^]/?#@]*\]|[^/?#@:]*)(:\d+)?(/[^/?#@]*)?(\?.*)?"
     if not all(re.fullmatch(form, url) for url in urls):
-        form = "amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
-        raise argparse.ArgumentTypeError(f"expected {form}")
+        form = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
+        raise argparse.ArgumentTypeError(form)
     try:
         return [pika.URLParameters(url) for url in urls]
     except Exception as error:  # of many kinds, depending on the option
@@ -328,14 +328,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     safe, unroutable = producer.safe, producer.unroutable
     if unroutable:
         log.error("error: %d of %d messages were unroutable: no queue is bound for them", unroutable, safe)
+        status = status or 1
     if reason:
         resume = f", resume with: tail -n +{safe + 1}" if options.messages == ["-"] else ""
         log.error("error: %s; %d messages are safe%s", reason, safe, resume)
         return status or 1
-    published = safe - unroutable
-    log.info("%d message%s published", published, "s" * (published != 1))
+    if not unroutable:
+        log.info("%d message%s published", safe, "s" * (safe != 1))
     producer.close()
-    return 1 if unroutable else 0
+    return status
 
 
 if __name__ == "__main__":

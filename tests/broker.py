@@ -84,6 +84,10 @@ class Broker:
         """Return when the broker serves clients."""
         self.connect().close()
 
+    def ctl(self, *arguments: str) -> str:
+        """The output of rabbitmqctl."""
+        raise NotImplementedError
+
     def remove(self) -> None:
         """Leave no trace."""
 
@@ -101,6 +105,9 @@ class ContainerBroker(Broker):
         self.project = f"pair-{uuid.uuid4().hex[:8]}"
         self.command = ["docker", "compose", "-p", self.project, "-f", str(compose_file)]
         self.environment = {**os.environ, "AMQP_PORT": str(amqp), "MANAGEMENT_PORT": str(management)}
+
+    def docker(self, *arguments: str) -> str:
+        return run(["docker", *arguments], env=self.environment)
 
     def compose(self, *arguments: str) -> str:
         return run([*self.command, *arguments], env=self.environment)
@@ -123,7 +130,6 @@ class ContainerBroker(Broker):
         self.compose("unpause")
 
     def ctl(self, *arguments: str) -> str:
-        """The output of rabbitmqctl."""
         return self.compose("exec", "-T", "rabbitmq", "rabbitmqctl", "-q", *arguments)
 
     def remove(self) -> None:
@@ -208,7 +214,6 @@ class LocalBroker(Broker):
         os.killpg(self.process.pid, number)
 
     def ctl(self, *arguments: str) -> str:
-        """The output of rabbitmqctl."""
         program = self.program("rabbitmqctl")
         assert program
         return run([program, "-q", "-n", self.node, *arguments], env=self.environment)

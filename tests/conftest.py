@@ -22,6 +22,7 @@ TIMEOUT = 120  # seconds after which a script that should have ended has failed 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--broker", default="", metavar="docker|local|URL", help="default: docker, else local")
+    parser.addoption("--python", default=sys.executable, help="what the scripts run with; default: this Python")
     parser.addoption("--seed", type=int, default=random.randrange(10**6), help="of what is random in the fault tests")
 
 
@@ -130,7 +131,7 @@ Start = Callable[..., Script]
 
 
 @pytest.fixture
-def start(broker: Broker, tmp_path: Path) -> Iterator[Start]:
+def start(broker: Broker, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
     """Start a script: start("producer", "-q", queue, "-", input=b"...") or start("consumer", handle="...").
 
     `input` becomes stdin, without it stdin is a pipe to write to; `handle` is Python that replaces `handle` of the
@@ -142,7 +143,7 @@ def start(broker: Broker, tmp_path: Path) -> Iterator[Start]:
     def start(
         name: str, *arguments: str, input: bytes | None = None, handle: str = "", url: str = "", **options: Any
     ) -> Script:
-        command = [sys.executable, str(ROOT / f"{name}.py"), *arguments]
+        command = [request.config.getoption("--python"), str(ROOT / f"{name}.py"), *arguments]
         if handle:
             program = tmp_path / f"{uuid.uuid4().hex}.py"
             program.write_text(
