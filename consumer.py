@@ -81,21 +81,20 @@ class Stop(Exception):
     """Ends the program; the text, if there is one, says what was not done and why."""
 
 
-def declare_queue(connection: pika.BlockingConnection, queue: str) -> None:
-    """The queue and NAME.dead exist; what existed with other settings is used as it is."""
-    dead = f"{queue}.dead"
+def declare_queue(connection: pika.BlockingConnection, queue: str) -> BlockingChannel:
+    """The queue and NAME.dead exist; what existed with other settings is used as it is. Returns an open channel."""
+    channel, dead = connection.channel(), f"{queue}.dead"
     # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
     for name, limit in (queue, {}), (dead, {"x-delivery-limit": 2**31 - 1}):
-        channel = connection.channel()
+        arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": dead, **limit}
         try:
-            arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": dead, **limit}
-            channel.queue_declare(queue=name, durable=True, arguments=arguments)
-            channel.close()
+            channel.queue_declare(name, durable=True, arguments=arguments)
         except pika.exceptions.ChannelClosedByBroker as error:
             if error.reply_code != 406:
                 raise
             log.warning("warning: queue %s is used as it is: %s", name, error.reply_text)
-            return
+            return connection.channel()
+    return channel
 
 
 def backoff(timeout: float) -> Iterator[float]:
@@ -200,22 +199,21 @@ class Consumer:
         while self.left and not self.stopping:
             try:
                 with pika.BlockingConnection(self.options.url) as connection:
-                    self.declare(connection)
-                    self.consume(connection.channel())
+                    self.consume(self.declare(connection))
                     return
             except CONNECTION_ERRORS as error:
                 if not self.stopping:
                     pause(error, self.delays, self.options)
 
-    def declare(self, connection: pika.BlockingConnection) -> None:
-        """The queue exists."""
-        options = self.options
-        if options.queue:
-            declare_queue(connection, options.queue)
-        else:
-            if self.queue:
-                log.warning("warning: what was sent during the outage is missed, because the queue was private")
-            self.queue = connection.channel().queue_declare("", exclusive=True).method.queue
+    def declare(self, connection: pika.BlockingConnection) -> BlockingChannel:
+        """The queue exists. Returns an open channel."""
+        if self.options.queue:
+            return declare_queue(connection, self.options.queue)
+        if self.queue:
+            log.warning("warning: what was sent during the outage is missed, because the queue was private")
+        channel = connection.channel()
+        self.queue = channel.queue_declare("", exclusive=True).method.queue
+        return channel
 
     def bind(self, channel: BlockingChannel) -> None:
         """The exchange exists, and the queue is bound to it as the options say."""

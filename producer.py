@@ -30,6 +30,7 @@ from typing import Any, Iterator, Sequence, Tuple
 
 import pika
 import pika.exceptions
+from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 
 URL = "amqp://guest:guest@localhost:5672/%2F"
@@ -66,21 +67,20 @@ class Stop(Exception):
     """Ends the program; the text, if there is one, says what was not done and why."""
 
 
-def declare_queue(connection: pika.BlockingConnection, queue: str) -> None:
-    """The queue and NAME.dead exist; what existed with other settings is used as it is."""
-    dead = f"{queue}.dead"
+def declare_queue(connection: pika.BlockingConnection, queue: str) -> BlockingChannel:
+    """The queue and NAME.dead exist; what existed with other settings is used as it is. Returns an open channel."""
+    channel, dead = connection.channel(), f"{queue}.dead"
     # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
     for name, limit in (queue, {}), (dead, {"x-delivery-limit": 2**31 - 1}):
-        channel = connection.channel()
+        arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": dead, **limit}
         try:
-            arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": dead, **limit}
-            channel.queue_declare(queue=name, durable=True, arguments=arguments)
-            channel.close()
+            channel.queue_declare(name, durable=True, arguments=arguments)
         except pika.exceptions.ChannelClosedByBroker as error:
             if error.reply_code != 406:
                 raise
             log.warning("warning: queue %s is used as it is: %s", name, error.reply_text)
-            return
+            return connection.channel()
+    return channel
 
 
 def backoff(timeout: float) -> Iterator[float]:
@@ -214,12 +214,12 @@ class Producer:
         """A connection, with `channel` ready to publish on."""
         options = self.options
         self.connection = connection = pika.BlockingConnection(options.url)
-        self.channel = connection.channel()
         if options.exchange:
+            self.channel = connection.channel()
             exchange_type = options.type or "direct"  # which a passive declaration ignores
             self.channel.exchange_declare(options.exchange, exchange_type, passive=not options.type, durable=True)
         else:
-            declare_queue(connection, options.queue)
+            self.channel = declare_queue(connection, options.queue)
         # pika waits for each publisher confirm; a transaction has the broker confirm many messages at once.
         # https://www.rabbitmq.com/docs/semantics#tx
         self.channel.tx_select()
