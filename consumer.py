@@ -28,9 +28,9 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, Iterator, Sequence, Tuple
 
 import pika
-import pika.exceptions
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
+from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosedByBroker, ConsumerCancelled
 
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
@@ -63,7 +63,7 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
 
 
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
-CONNECTION_ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)
+CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
 FINAL = {  # errors that would be the same the next time, and what to do about them; the first that fits counts
     "partial tx completion": "",  # passes: a queue is full
     "timed out": "",  # passes: a handler took longer than the broker waits
@@ -81,18 +81,25 @@ class Stop(Exception):
     """Ends the program; the text, if there is one, says what was not done and why."""
 
 
+def connect(options: argparse.Namespace) -> pika.BlockingConnection:
+    for broker in options.url:
+        broker.stack_timeout = min(broker.stack_timeout, max(options.connect_timeout, 1))
+    return pika.BlockingConnection(options.url)
+
+
 def declare_queue(connection: pika.BlockingConnection, queue: str) -> BlockingChannel:
-    """The queue and NAME.dead exist; what existed with other settings is used as it is. Returns an open channel."""
-    channel, dead = connection.channel(), f"{queue}.dead"
+    """The queue NAME and NAME.dead exist; what existed with other settings is used as it is. Returns an open channel."""
+    name = queue[: -len(".dead")] if queue.endswith(".dead") else queue
+    channel, dead = connection.channel(), f"{name}.dead"
     # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
-    for name, limit in (queue, {}), (dead, {"x-delivery-limit": 2**31 - 1}):
+    for declared, limit in (name, {}), (dead, {"x-delivery-limit": 2**31 - 1}):
         arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": dead, **limit}
         try:
-            channel.queue_declare(name, durable=True, arguments=arguments)
-        except pika.exceptions.ChannelClosedByBroker as error:
+            channel.queue_declare(declared, durable=True, arguments=arguments)
+        except ChannelClosedByBroker as error:
             if error.reply_code != 406:
                 raise
-            log.warning("warning: queue %s is used as it is: %s", name, error.reply_text)
+            log.warning("warning: queue %s is used as it is: %s", declared, error.reply_text)
             return connection.channel()
     return channel
 
@@ -170,8 +177,6 @@ def set_up(options: argparse.Namespace) -> None:
     logging.basicConfig(format=f"{os.path.basename(__file__)}: %(message)s", level=level)
     logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # it has seven errors for one refused connection
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for broker in options.url:
-        broker.stack_timeout = min(broker.stack_timeout, max(options.connect_timeout, 1))
 
 
 class Consumer:
@@ -198,7 +203,7 @@ class Consumer:
         """Consume until told to stop; raises Stop if the broker refuses, or is away for `connect_timeout`."""
         while self.left and not self.stopping:
             try:
-                with pika.BlockingConnection(self.options.url) as connection:
+                with connect(self.options) as connection:
                     self.consume(self.declare(connection))
                     return
             except CONNECTION_ERRORS as error:
@@ -240,12 +245,13 @@ class Consumer:
                     self.bind(channel)  # again and again, because the broker does not tell when an exchange is deleted
                     bound = time.monotonic()
                 waiting.extend(self.receive(channel, timeout=0 if waiting else 0.2))
+                idle = not waiting
                 job = self.worker.submit(self.work, waiting, outcomes)
                 while wait([job], timeout=0.1).not_done:
                     waiting.extend(self.receive(channel, timeout=0))
                     self.settle(channel, outcomes)
                 job.result()  # raises what `work` does not contain
-                if self.stopping or not self.left or (self.options.drain and not waiting and self.is_empty(channel)):
+                if self.stopping or not self.left or (self.options.drain and idle and self.is_empty(channel)):
                     break
                 self.settle(channel, outcomes)
                 self.delays = backoff(self.options.connect_timeout)  # all is well
@@ -267,7 +273,7 @@ class Consumer:
                 messages.append((method, properties, body))
             if not channel.get_waiting_message_count():
                 return messages
-        raise pika.exceptions.ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
+        raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
 
     def is_empty(self, channel: BlockingChannel) -> bool:
         """There are no messages in the queue, nor on their way."""

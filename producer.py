@@ -26,12 +26,12 @@ import sys
 import threading
 import time
 import uuid
-from typing import Any, Iterator, Sequence, Tuple
+from typing import Any, Iterable, Iterator, Sequence, Tuple
 
 import pika
-import pika.exceptions
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
+from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosedByBroker
 
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
@@ -49,7 +49,7 @@ QUEUE_ARGUMENTS = {
 }
 
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
-CONNECTION_ERRORS = (pika.exceptions.AMQPError, AMQPConnectorException, OSError)
+CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
 FINAL = {  # errors that would be the same the next time, and what to do about them; the first that fits counts
     "partial tx completion": "",  # passes: a queue is full
     "timed out": "",  # passes: a handler took longer than the broker waits
@@ -67,18 +67,25 @@ class Stop(Exception):
     """Ends the program; the text, if there is one, says what was not done and why."""
 
 
+def connect(options: argparse.Namespace) -> pika.BlockingConnection:
+    for broker in options.url:
+        broker.stack_timeout = min(broker.stack_timeout, max(options.connect_timeout, 1))
+    return pika.BlockingConnection(options.url)
+
+
 def declare_queue(connection: pika.BlockingConnection, queue: str) -> BlockingChannel:
-    """The queue and NAME.dead exist; what existed with other settings is used as it is. Returns an open channel."""
-    channel, dead = connection.channel(), f"{queue}.dead"
+    """The queue NAME and NAME.dead exist; what existed with other settings is used as it is. Returns an open channel."""
+    name = queue[: -len(".dead")] if queue.endswith(".dead") else queue
+    channel, dead = connection.channel(), f"{name}.dead"
     # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
-    for name, limit in (queue, {}), (dead, {"x-delivery-limit": 2**31 - 1}):
+    for declared, limit in (name, {}), (dead, {"x-delivery-limit": 2**31 - 1}):
         arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": dead, **limit}
         try:
-            channel.queue_declare(name, durable=True, arguments=arguments)
-        except pika.exceptions.ChannelClosedByBroker as error:
+            channel.queue_declare(declared, durable=True, arguments=arguments)
+        except ChannelClosedByBroker as error:
             if error.reply_code != 406:
                 raise
-            log.warning("warning: queue %s is used as it is: %s", name, error.reply_text)
+            log.warning("warning: queue %s is used as it is: %s", declared, error.reply_text)
             return connection.channel()
     return channel
 
@@ -156,8 +163,6 @@ def set_up(options: argparse.Namespace) -> None:
     logging.basicConfig(format=f"{os.path.basename(__file__)}: %(message)s", level=level)
     logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # it has seven errors for one refused connection
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    for broker in options.url:
-        broker.stack_timeout = min(broker.stack_timeout, max(options.connect_timeout, 1))
 
 
 Message = Tuple[str, pika.BasicProperties, bytes]  # routing key, properties, body
@@ -187,18 +192,21 @@ class Producer:
         key = options.routing_key if routing_key is None else routing_key
         return key, pika.BasicProperties(**{**defaults, **properties}), body
 
-    def publish(self, messages: Sequence[Message]) -> None:
-        """Return when the broker has taken responsibility for all messages; with none, keep the connection alive.
+    def publish(self, messages: Iterable[Message]) -> int:
+        """Return when the broker has taken responsibility for all messages but those, whose number is returned,
+        which no queue would receive. Without messages, keep the connection alive.
 
         Raises Stop if the broker refuses, or is away for longer than `connect_timeout`; `safe` tells how far it got.
         """
-        left, size = list(messages), len(messages)
-        delays = backoff(self.options.connect_timeout)
+        left, unroutable = list(messages), self.unroutable
+        size, delays = len(left), backoff(self.options.connect_timeout)
         while True:
             try:
                 self.commit(left[:size])
-            except CONNECTION_ERRORS as error:
-                self.close()
+            except Exception as error:
+                self.close()  # and with it the unfinished transaction
+                if not isinstance(error, CONNECTION_ERRORS):
+                    raise
                 if size > 1 and getattr(error, "reply_code", 0) == 406:
                     size //= 2  # one message is too large, or the queue is full: let those before it through
                 else:
@@ -207,13 +215,13 @@ class Producer:
                 self.safe += len(left[:size])
                 del left[:size]
                 if not left:
-                    return
+                    return self.unroutable - unroutable
                 size, delays = 2 * size, backoff(self.options.connect_timeout)
 
-    def connect(self) -> pika.BlockingConnection:
-        """A connection, with `channel` ready to publish on."""
+    def open(self) -> pika.BlockingConnection:
+        """Connect, with `channel` ready to publish on."""
         options = self.options
-        self.connection = connection = pika.BlockingConnection(options.url)
+        self.connection = connection = connect(options)
         if options.exchange:
             self.channel = connection.channel()
             exchange_type = options.type or "direct"  # which a passive declaration ignores
@@ -229,7 +237,7 @@ class Producer:
 
     def commit(self, messages: Sequence[Message]) -> None:
         """Publish the messages and wait until the broker confirms them."""
-        connection = self.connection or self.connect()
+        connection = self.connection or self.open()
         hint = "no confirmation for 10 s: has the broker a memory or disk alarm?"
         overdue = threading.Timer(10, log.warning, [hint])
         overdue.daemon = True

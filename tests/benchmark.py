@@ -217,24 +217,16 @@ def report(benchmark: Benchmark, count: int, quick: bool) -> None:
         row(name, small[name], large[name])
     if quick:
         return
-    head("how it grows", "producer.py", "pika, each confirmed", "consumer.py", "pika, each acknowledged")
+    names = "producer.py", "pika, each confirmed", "consumer.py", "pika, each acknowledged"
+    head("how it grows", *names)
     benchmark.rounds = 1
-    for count, size in (
-        (10_000, 100),
-        (100_000, 100),
-        (1_000_000, 100),
-        (100_000, 10),
-        (100_000, 1_000),
-        (5_000, 100_000),
-    ):
-        published, consumed = benchmark.publishing(count, size), benchmark.consuming(count, 100, size)
-        names = "pika, each confirmed", "pika, each acknowledged"
-        cells = published["producer.py"], published[names[0]], consumed["consumer.py"], consumed[names[1]]
-        row(f"{count:,} messages of {size:,} bytes", *(f"{values[0]:,.0f}/s" for values in cells))
+    sizes = (10_000, 100), (100_000, 100), (1_000_000, 100), (100_000, 10), (100_000, 1_000), (5_000, 100_000)
+    for messages, size in sizes:
+        rates = {**benchmark.publishing(messages, size), **benchmark.consuming(messages, 100, size)}
+        row(f"{messages:,} messages of {size:,} bytes", *(f"{rates[name][0]:,.0f}/s" for name in names))
     for consumers in 1, 2, 4:
-        consumed = benchmark.consuming(100_000, 100, consumers=consumers)
-        cells = consumed["consumer.py"], consumed["pika, each acknowledged"]
-        row(f"{consumers} consumers on one queue", "", "", *(f"{values[0]:,.0f}/s" for values in cells))
+        rates = benchmark.consuming(100_000, 100, consumers=consumers)
+        row(f"{consumers} consumers", "", "", *(f"{rates[name][0]:,.0f}/s" for name in names[2:]))
 
 
 if __name__ == "__main__":
