@@ -25,7 +25,7 @@ import sys
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, Iterator, Sequence, Tuple
+from typing import Any, Iterator, NoReturn, Sequence, Tuple
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
@@ -65,11 +65,13 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
 FINAL = {  # errors that would be the same the next time, and what to do about them; the first that fits counts
-    "partial tx completion": "",  # passes: a queue is full
-    "timed out": "",  # passes: a handler took longer than the broker waits
+    "FAILED - partial tx completion": "",  # passes: a queue is full
+    "FAILED - delivery acknowledgement": "",  # passes: a handler took longer than the broker waits
+    "FAILED - consumer ack timed out": "",  # the same, later than RabbitMQ 3.10
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
     "NOT_FOUND": "-t TYPE declares an exchange",
+    "inequivalent arg": "without -t, the exchange is used as it is",
     "PRECONDITION_FAILED": "the message, or the settings of what has this name, do not fit",
     "RESOURCE_LOCKED": "it belongs to another connection",
     "CERTIFICATE_VERIFY_FAILED": "SSL_CERT_FILE=FILE adds a private CA",
@@ -83,7 +85,7 @@ class Stop(Exception):
 
 def connect(options: argparse.Namespace) -> pika.BlockingConnection:
     for broker in options.url:
-        broker.stack_timeout = min(broker.stack_timeout, max(options.connect_timeout, 1))
+        broker.stack_timeout = min(max(options.connect_timeout, 1), broker.stack_timeout)
     return pika.BlockingConnection(options.url)
 
 
@@ -131,14 +133,18 @@ def pause(error: BaseException, delays: Iterator[float], options: argparse.Names
 def broker_urls(text: str) -> list[pika.URLParameters]:
     """The connection parameters of each URL. Errors do not repeat the URL, because of the password in it."""
     urls = re.split(",(?=amqps?://)", text)
-    form = r"amqps?://([^/?#@:]*:[^/?#@]*@)?(\[[^]/?#@]*\]|[^/?#@:]*)(:\d+)?(/[^/?#@]*)?(\?.*)?"
+    form = r"amqps?://([^/?#@:]*:[^/?#@]*@)?(\[[^]/?#@]*\]|[^/?#@:[]*)(:\d+)?(/[^/?#@]{0,255})?(\?[^#@]*)?"
     if not all(re.fullmatch(form, url) for url in urls):
         form = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
         raise argparse.ArgumentTypeError(form)
     try:
-        return [pika.URLParameters(url) for url in urls]
+        text.encode()
+        brokers = [pika.URLParameters(url) for url in urls]
+        for broker in brokers:
+            broker.host.encode("idna")
     except Exception as error:  # of many kinds, depending on the option
         raise argparse.ArgumentTypeError(str(error)) from None
+    return brokers
 
 
 def short_string(text: str) -> str:
@@ -155,9 +161,14 @@ def header(text: str) -> tuple[str, str]:
     return short_string(key), value
 
 
-def common_options() -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub("://.*@(?!HOST)", "://...@", message))  # a URL may be given where none belongs
+
+
+def common_options() -> Parser:
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=formatter)
+    parser = Parser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     url = os.environ.get("AMQP_URL") or URL
     add("--url", type=broker_urls, default=url, help="URL[,URL...], tried in order; else AMQP_URL, else localhost")
