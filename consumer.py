@@ -65,7 +65,6 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
 FINAL = {  # errors that would be the same the next time, and what to do about them; the first that fits counts
-    "FAILED - partial tx completion": "",  # passes: a queue is full
     "FAILED - delivery acknowledgement": "",  # passes: a handler took longer than the broker waits
     "FAILED - consumer ack timed out": "",  # the same, later than RabbitMQ 3.10
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
@@ -104,6 +103,12 @@ def declare_queue(connection: pika.BlockingConnection, queue: str) -> BlockingCh
             log.warning("warning: queue %s is used as it is: %s", declared, error.reply_text)
             return connection.channel()
     return channel
+
+
+def declare_exchange(channel: BlockingChannel, options: argparse.Namespace) -> None:
+    """The exchange exists; without -t it did before."""
+    exchange_type = options.type or "direct"  # which a passive declaration ignores
+    channel.exchange_declare(options.exchange, exchange_type, passive=not options.type, durable=True)
 
 
 def backoff(timeout: float) -> Iterator[float]:
@@ -235,8 +240,7 @@ class Consumer:
         """The exchange exists, and the queue is bound to it as the options say."""
         options = self.options
         if options.exchange:
-            exchange_type = options.type or "direct"  # which a passive declaration ignores
-            channel.exchange_declare(options.exchange, exchange_type, passive=not options.type, durable=True)
+            declare_exchange(channel, options)
             arguments = {"x-match": options.match or "all", **dict(options.header)} if options.header else None
             # By default all messages; without -t, the type that this depends on is not known.
             default = {"topic": ["#"], None: ["", "#"]}.get(options.type, [""])
@@ -287,9 +291,9 @@ class Consumer:
         raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
 
     def is_empty(self, channel: BlockingChannel) -> bool:
-        """There are no messages in the queue, nor on their way."""
-        ready = channel.queue_declare(self.queue, passive=True).method.message_count
-        return not ready and not channel.get_waiting_message_count()
+        """There are no messages in the queue, nor on their way: these come after the first answer."""
+        ready = [channel.queue_declare(self.queue, passive=True).method.message_count for _ in range(2)]
+        return not any(ready) and not channel.get_waiting_message_count()
 
     def work(self, waiting: deque[Delivery], outcomes: deque[Outcome]) -> None:
         """Handle what is waiting, as long as there is something. Runs in the worker's thread."""
