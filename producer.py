@@ -220,41 +220,47 @@ class Producer:
         self.returned: set[str] = set()  # message ids
         end, size, delays = self.safe + len(self.left), len(self.left), backoff(self.options.connect_timeout)
         while True:
+            left, failure = len(self.left), None
             try:
-                self.commit(size)
-            except Exception as error:
+                failure = self.commit(size)
+            except CONNECTION_ERRORS as error:
                 self.close()
-                if not isinstance(error, CONNECTION_ERRORS):
-                    raise
-                if size > 1 and getattr(error, "reply_code", 0) == 406:
-                    size //= 2  # one message is too large: let those before it through
-                else:
-                    pause(error, delays, self.options)
+                failure = error
+            except Exception:
+                self.close()  # what waits to be sent would go out with the next messages
+                raise
+            self.safe = next(iter(self.left), end + 1) - 1
+            if len(self.left) < left:
+                delays = backoff(self.options.connect_timeout)
+            if not failure and not self.left:
+                self.unroutable += len(self.returned)
+                return len(self.returned)
+            if not failure:
+                size *= 2
+            elif getattr(failure, "reply_code", 0) == 406 and size > 1:
+                size //= 2  # one message is too large: let those before it through
             else:
-                if not self.left:
-                    self.unroutable += len(self.returned)
-                    return len(self.returned)
-                size, delays = 2 * size, backoff(self.options.connect_timeout)
-            finally:
-                self.safe = next(iter(self.left), end + 1) - 1
+                pause(failure, delays, self.options)
 
-    def commit(self, size: int) -> None:
-        """Publish as many of the messages that are left, and wait until the broker confirms them."""
+    def commit(self, size: int) -> Exception | None:
+        """Publish as many of the messages that are left, and wait for the confirmations; an error if some are nacks."""
         if not self.connection:
             self.open()
+        served: list[bool] = []
+        self.ioloop.call_later(0, lambda: served.append(True))
+        self.wait(lambda: served)  # heartbeats, and what happened meanwhile
         batch = list(itertools.islice(self.left.items(), size))
         for number, (routing_key, properties, body) in batch:
             self.unconfirmed[next(self.delivery_tags)] = number
             # Mandatory, because otherwise what cannot be routed is dropped, and confirmed.
             self.channel.basic_publish(self.options.exchange or "", routing_key, body, properties, mandatory=True)
-        served: list[bool] = []
-        self.ioloop.call_later(0, lambda: served.append(True))
-        hint = "no confirmation for 10 s: is the broker, and most of the nodes that have the queue, well?"
+        hint = "no confirmation for 10 s: is the broker, and are most of the nodes that have the queue, well?"
         overdue = self.ioloop.call_later(10, lambda: log.warning(hint))
-        self.wait(lambda: served and not self.unconfirmed)
+        self.wait(lambda: not self.unconfirmed)
         self.ioloop.remove_timeout(overdue)
         if any(number in self.left for number, _ in batch):
-            raise AMQPChannelError("messages were rejected: the queue is full, or most of its nodes are away")
+            return AMQPChannelError("messages were rejected: the queue is full, or has lost most of its nodes")
+        return None
 
     def on_confirm(self, frame: Any) -> None:
         """Forget what is acknowledged; what is rejected is left."""
@@ -287,8 +293,8 @@ class Producer:
         done: list[Any] = []
         pika.SelectConnection.create_connection(options.url, on_done=done.append, custom_ioloop=self.ioloop)
         self.wait(lambda: done)
-        if isinstance(done[0], BaseException):
-            raise done[0]
+        if not isinstance(done[0], pika.SelectConnection):
+            raise AMQPConnectionError(done[0].exceptions[-1])
         self.connection = connection = done[0]
         connection.add_on_close_callback(lambda connection, reason: self.closed.append(reason))
         connection.add_on_connection_blocked_callback(
@@ -304,12 +310,12 @@ class Producer:
         self.wait(lambda: done[2:])
 
     def wait(self, condition: Callable[[], object]) -> None:
-        """Serve the connection until the condition is true; raises what closed it before."""
-        while not condition():
-            if self.closed:
-                raise self.closed[0]
+        """Serve the connection until the condition is true; raises what closed it."""
+        while not self.closed and not condition():
             self.ioloop.poll()
             self.ioloop.process_timeouts()
+        if self.closed:
+            raise self.closed[0]
 
     def close(self) -> None:
         if self.connection and self.connection.is_open:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -30,9 +32,12 @@ def eventually(condition: Callable[[], Any], timeout: float = 60, what: str = ""
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports of this machine that were free just now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
+    """TCP ports of this machine that were free just now, and that no outgoing connection is given meanwhile."""
+    sockets: list[socket.socket] = []
+    while len(sockets) < count:
+        with contextlib.suppress(OSError):  # in use
+            sockets.append(socket.create_server(("127.0.0.1", random.randrange(20000, 32000))))
+    ports = [int(each.getsockname()[1]) for each in sockets]
     for each in sockets:
         each.close()
     return ports
@@ -98,10 +103,11 @@ class ContainerBroker(Broker):
     ours = True
     where = "docker"
 
-    def __init__(self, compose_file: Path = ROOT / "docker-compose.yml") -> None:
+    def __init__(self, compose_file: Path = ROOT / "docker-compose.yml", service: str = "rabbitmq") -> None:
         amqp, management = free_ports(2)
         super().__init__(f"amqp://guest:guest@127.0.0.1:{amqp}/%2F")
         self.management_url = f"http://127.0.0.1:{management}"
+        self.service = service
         self.project = f"pair-{uuid.uuid4().hex[:8]}"
         self.command = ["docker", "compose", "-p", self.project, "-f", str(compose_file)]
         self.environment = {**os.environ, "AMQP_PORT": str(amqp), "MANAGEMENT_PORT": str(management)}
@@ -114,23 +120,23 @@ class ContainerBroker(Broker):
 
     def start(self) -> None:
         """Return when the broker serves clients."""
-        self.compose("up", "-d", "--wait")
+        self.compose("up", "-d", "--wait", self.service)
 
     def stop(self) -> None:
         """In order, as `docker compose stop` does."""
-        self.compose("stop")
+        self.compose("stop", self.service)
 
     def kill(self) -> None:
-        self.compose("kill", "-s", "SIGKILL")
+        self.compose("kill", "-s", "SIGKILL", self.service)
 
     def freeze(self) -> None:
-        self.compose("pause")
+        self.compose("pause", self.service)
 
     def thaw(self) -> None:
-        self.compose("unpause")
+        self.compose("unpause", self.service)
 
     def ctl(self, *arguments: str) -> str:
-        return self.compose("exec", "-T", "rabbitmq", "rabbitmqctl", "-q", *arguments)
+        return self.compose("exec", "-T", self.service, "rabbitmqctl", "-q", *arguments)
 
     def remove(self) -> None:
         self.compose("down", "-v", "-t", "1")

@@ -1,0 +1,478 @@
+"""Faults of the broker and of the network: each message is accounted for; none is lost, and few come twice."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import re
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import pytest
+
+from broker import Broker, eventually, free_ports
+from cluster import Cluster, cluster_for
+from conftest import Run, Script, Start
+from proxy import Proxy
+
+LINE = 64  # bytes
+BATCH = 65536 // LINE  # messages that the producer has in flight at most
+PREFETCH = 10  # messages that the consumer has in hand at most
+HANDLE = "def handle(method, properties, body): print(properties.message_id, body.decode())"
+
+
+def lines(first: int, last: int) -> bytes:
+    return b"".join(b"%0*d\n" % (LINE - 1, number) for number in range(first, last + 1))
+
+
+def tries(script: Script) -> list[float]:
+    """The waits that the script announced, one line a try. It says nothing else, but that it waits, and how it ended."""
+    last = (" message published", " messages published", "most of the nodes that have the queue, well?")
+    said = [line for line in script.stderr.splitlines() if not line.endswith(last)]
+    waits = [
+        re.fullmatch(r"(?:producer|consumer)\.py: [^;]+; (?:[^;]+; )?next try in (\d\.\d) s", line) for line in said
+    ]
+    assert all(waits), script.stderr
+    return [float(wait[1]) for wait in waits if wait]
+
+
+class Handled:
+    """What consumers with HANDLE have written: the number and the message id of each message."""
+
+    def __init__(self) -> None:
+        self.consumers: list[Script] = []
+
+    @property
+    def count(self) -> int:
+        return sum(consumer.stdout.count(b"\n") for consumer in self.consumers)
+
+    @property
+    def messages(self) -> list[tuple[int, bytes]]:
+        pairs = [line.split() for consumer in self.consumers for line in consumer.bodies]
+        return [(int(number), message_id) for message_id, number in pairs]
+
+    @property
+    def numbers(self) -> list[int]:
+        return [number for number, _ in self.messages]
+
+    def until(self, count: int) -> None:
+        eventually(lambda: self.count >= count, what=f"{count} messages handled")
+
+
+class Stream:
+    """Numbered lines through a producer and a consumer, some thousand a second, until it is ended."""
+
+    def __init__(self, start: Start, queue: str, url: str = "") -> None:
+        self.start, self.queue, self.url = start, queue, url
+        self.sent = 0
+        self.handled = Handled()
+        self.consumer = start("consumer", "-q", queue, handle=HANDLE, url=url)
+        self.handled.consumers.append(self.consumer)
+        self.producer = start("producer", "-q", queue, "-", url=url)
+        self.ended = threading.Event()
+        self.feeder = threading.Thread(target=self.feed, daemon=True)
+        self.feeder.start()
+
+    def feed(self) -> None:
+        with contextlib.suppress(BrokenPipeError):
+            while not self.ended.wait(0.01):
+                self.producer.write(lines(self.sent + 1, self.sent + 50))
+                self.sent += 50
+
+    def flow(self, more: int) -> None:
+        """Return when that many more messages have been handled."""
+        self.handled.until(self.handled.count + more)
+
+    def end(self) -> None:
+        self.ended.set()
+        self.feeder.join(timeout=120)
+        assert not self.feeder.is_alive(), self.producer.stderr
+
+    def account(self, depth: Any, faults: int) -> None:
+        """All that was sent was confirmed and handled; what came twice was in flight at one of the faults."""
+        self.end()
+        assert self.producer.end() == 0, self.producer.stderr
+        assert self.producer.stderr.splitlines()[-1] == f"producer.py: {self.sent} messages published"
+        with contextlib.suppress(AssertionError):  # what is missing is said below
+            eventually(lambda: len(set(self.handled.numbers)) == self.sent, timeout=20)
+        assert self.consumer.terminate() == 0, self.consumer.stderr
+
+        rest = self.start("consumer", "-q", self.queue, "--drain", handle=HANDLE, url=self.url)
+        self.handled.consumers.append(rest)
+        assert rest.end() == 0, rest.stderr
+
+        messages = self.handled.messages
+        lost = sorted(set(range(1, self.sent + 1)).difference(self.handled.numbers))
+        assert not lost, f"{len(lost)} of {self.sent} confirmed messages are lost: {lost[0]} to {lost[-1]}"
+        assert len(set(messages)) == self.sent  # what came twice had the same message id
+        assert len(messages) - self.sent <= faults * (BATCH + PREFETCH)
+        eventually(lambda: depth(self.queue) == 0)
+        assert depth(f"{self.queue}.dead") == 0
+
+
+@pytest.fixture
+def proxy(broker: Broker) -> Iterator[Proxy]:
+    proxy = Proxy(broker.url)
+    yield proxy
+    proxy.refuse()
+
+
+@pytest.fixture(autouse=True)
+def running_again(broker: Broker, queue: str) -> Iterator[None]:
+    """A test that fails while the broker is down is the only one to fail."""
+    yield
+    try:
+        broker.connect().close()
+    except Exception:
+        broker.start()
+
+
+@pytest.mark.ours
+@pytest.mark.long
+@pytest.mark.parametrize("faults", [["kill", "kill"], ["stop"]], ids=["killed twice", "stopped in order"])
+def test_nothing_is_lost_when_the_broker_is(
+    faults: list[str], broker: Any, start: Start, queue: str, depth: Any, rng: random.Random
+) -> None:
+    stream = Stream(start, queue)
+
+    for fault in faults:
+        stream.flow(rng.randint(1000, 5000))
+        getattr(broker, fault)()
+        broker.start()
+    stream.flow(1000)
+
+    stream.account(depth, faults=len(faults))
+    for script in stream.producer, stream.consumer:
+        assert len(tries(script)) >= len(faults)
+        assert max(tries(script)) <= 5
+
+
+@pytest.mark.ours
+@pytest.mark.long
+def test_scripts_that_start_before_the_broker_wait_for_it(broker: Any, start: Start, queue: str) -> None:
+    broker.stop()
+    producer, consumer = start("producer", "-q", queue), start("consumer", "-q", queue)
+    eventually(lambda: len(tries(producer)) > 1 and len(tries(consumer)) > 1)
+
+    broker.start()
+
+    assert producer.end() == 0
+    eventually(lambda: consumer.bodies == [b"Hello World!"])
+    assert consumer.terminate() == 0
+    assert max(tries(producer) + tries(consumer)) <= 5
+
+
+@pytest.mark.parametrize("name", ["producer", "consumer"])
+def test_a_script_gives_up_when_the_broker_is_not_there_after_connect_timeout(name: str, run: Run, queue: str) -> None:
+    [port] = free_ports(1)
+    started = time.monotonic()
+
+    script = run(name, "-q", queue, "--connect-timeout", "1", url=f"amqp://127.0.0.1:{port}/%2F", code=1)
+
+    assert time.monotonic() - started >= 1
+    last = script.stderr.splitlines()[-1]
+    assert last.startswith(f"{name}.py: error: 127.0.0.1:{port}: ")
+    assert "refused" in last
+    assert "docker compose up -d --wait" in last
+
+
+@pytest.mark.long
+def test_nothing_is_lost_when_the_connection_is_cut_twenty_times(
+    start: Start, queue: str, depth: Any, proxy: Proxy, rng: random.Random
+) -> None:
+    stream = Stream(start, queue, url=proxy.url)
+
+    stream.flow(1)
+    cuts = lines_cut = 0
+    while cuts < 20:
+        time.sleep(rng.uniform(0, 0.5))  # a moment that is random, not one that something is waited for
+        cut = proxy.cut()
+        cuts += cut > 0
+        lines_cut += cut
+
+    stream.account(depth, faults=lines_cut)
+    assert tries(stream.producer)
+    assert tries(stream.consumer)
+
+
+@pytest.mark.long
+def test_nothing_is_lost_when_the_lines_in_use_go_mute(start: Start, queue: str, depth: Any, proxy: Proxy) -> None:
+    stream = Stream(start, queue, url=f"{proxy.url}?heartbeat=2")
+    stream.flow(2000)
+
+    proxy.mute()
+
+    for script in stream.producer, stream.consumer:
+        eventually(lambda script=script: tries(script), timeout=30)  # type: ignore[misc]
+    stream.flow(1000)
+    stream.account(depth, faults=1)
+    assert len(tries(stream.producer)) == len(tries(stream.consumer)) == 1
+
+
+@pytest.mark.long
+def test_an_idle_line_that_goes_mute_is_replaced(start: Start, run: Run, queue: str, proxy: Proxy) -> None:
+    producer = start("producer", "-q", queue, "-", url=f"{proxy.url}?heartbeat=2")
+    consumer = start("consumer", "-q", queue)
+    producer.write(b"one\n")
+    eventually(lambda: consumer.bodies == [b"one"])
+
+    proxy.mute()
+
+    eventually(lambda: tries(producer), timeout=30, what="the mute line is noticed")
+    producer.write(b"two\n")
+    eventually(lambda: consumer.bodies == [b"one", b"two"])
+    assert producer.end() == 0
+    assert len(tries(producer)) == 1
+    assert consumer.terminate() == 0
+
+
+@pytest.mark.ours
+@pytest.mark.long
+def test_nothing_is_lost_when_the_broker_freezes(broker: Any, start: Start, queue: str, depth: Any) -> None:
+    stream = Stream(start, queue, url=f"{broker.url}?heartbeat=2")
+    stream.flow(2000)
+
+    broker.freeze()
+    try:
+        for script in stream.producer, stream.consumer:
+            eventually(lambda script=script: tries(script), timeout=30)  # type: ignore[misc]
+    finally:
+        broker.thaw()
+
+    stream.flow(1000)
+    stream.account(depth, faults=1)
+
+
+ALARMS = {
+    "memory": ("set_vm_memory_high_watermark", "0.00001", "0.4"),
+    "disk": ("set_disk_free_limit", "1000000GB", "50MB"),
+}
+
+
+@pytest.mark.ours
+@pytest.mark.parametrize("alarm", ALARMS)
+def test_an_alarm_is_waited_for(alarm: str, broker: Any, start: Start, run: Run, queue: str, depth: Any) -> None:
+    setting, raised, cleared = ALARMS[alarm]
+    run("producer", "-q", queue, "-", input=lines(1, 300))
+
+    broker.ctl(setting, raised)
+    try:
+        producer = start("producer", "-q", queue, "-", input=lines(301, 3000))
+        eventually(lambda: producer.stderr)
+        consumer = run("consumer", "-q", queue, "-c", "300")
+        assert producer.process.poll() is None
+        [warning] = producer.stderr.splitlines()
+    finally:
+        broker.ctl(setting, cleared)
+
+    assert warning == f"producer.py: the broker blocks publishers: low on {alarm}"
+    assert consumer.stdout == lines(1, 300)
+    assert producer.end() == 0
+    assert producer.stderr == f"{warning}\nproducer.py: 2700 messages published\n"
+    assert run("consumer", "-q", queue, "--drain").stdout == lines(301, 3000)
+    assert depth(queue) == 0
+
+
+@pytest.fixture
+def full_queue(broker: Broker, queue: str) -> str:
+    """A queue that refuses what is published when it has a hundred messages."""
+    arguments = {"x-queue-type": "quorum", "x-max-length": 100, "x-overflow": "reject-publish"}
+    with broker.connect() as connection:
+        connection.channel().queue_declare(queue, durable=True, arguments=arguments)
+    return queue
+
+
+def test_a_full_queue_is_waited_for(start: Start, full_queue: str, depth: Any) -> None:
+    producer = start("producer", "-q", full_queue, "-", input=lines(1, 1000))
+    eventually(lambda: "next try" in producer.stderr, timeout=20)
+    handled = Handled()
+
+    consumer = start("consumer", "-q", full_queue, handle=HANDLE)
+    handled.consumers.append(consumer)
+
+    assert producer.end() == 0, producer.stderr
+    *said, last = producer.stderr.splitlines()
+    assert last == "producer.py: 1000 messages published"
+    assert len([line for line in said if "warning: " in line]) <= 1
+    assert all("full" in line for line in said if "next try" in line)
+    eventually(lambda: set(handled.numbers) == set(range(1, 1001)))
+    assert len(set(handled.messages)) == 1000
+    eventually(lambda: depth(full_queue) == 0)
+    assert consumer.terminate() == 0
+
+
+def test_a_producer_that_gives_up_on_a_full_queue_says_how_much_is_safe(run: Run, full_queue: str, depth: Any) -> None:
+    producer = run("producer", "-q", full_queue, "-", "--connect-timeout", "1", input=lines(1, 1000), code=1)
+
+    match = re.search(r"(\d+) messages are safe, resume with: tail -n \+(\d+)$", producer.stderr)
+    assert match
+    safe = int(match[1])
+    assert int(match[2]) == safe + 1
+    numbers = [int(body) for body in run("consumer", "-q", full_queue, "--drain").bodies]
+    assert set(numbers) >= set(range(1, safe + 1))
+    assert "full" in producer.stderr.splitlines()[-1]
+
+
+@pytest.mark.long
+def test_what_a_killed_producer_published_has_no_gap(start: Start, run: Run, queue: str, rng: random.Random) -> None:
+    for _ in range(3):
+        stream = Stream(start, queue)
+        stream.flow(rng.randint(1, 5000))
+
+        stream.producer.kill()
+        stream.end()
+
+        stream.consumer.terminate()
+        numbers = stream.handled.numbers + [int(body) for body in run("consumer", "-q", queue, "--drain").bodies]
+        assert sorted(numbers) == list(range(1, len(numbers) + 1))
+        assert len(numbers) <= stream.sent
+
+
+def test_a_producer_that_gave_up_says_where_to_resume(
+    start: Start, run: Run, queue: str, depth: Any, proxy: Proxy, tmp_path: Path, rng: random.Random
+) -> None:
+    (tmp_path / "file").write_bytes(lines(1, 30_000))
+    stdin = (tmp_path / "file").open("rb")
+    producer = start("producer", "-q", queue, "-", "--connect-timeout", "1", url=proxy.url, stdin=stdin)
+    wanted = rng.randint(1, 10_000)
+    eventually(lambda: depth(queue) >= wanted)
+
+    proxy.refuse()
+
+    assert producer.end() == 1
+    resume = re.search(r": (tail -n \+\d+)$", producer.stderr)
+    assert resume, producer.stderr
+    rest = subprocess.run(f"{resume[1]} file", shell=True, cwd=tmp_path, stdout=subprocess.PIPE, check=True).stdout
+    assert 0 < len(rest) < 30_000 * LINE
+    run("producer", "-q", queue, "-", input=rest)
+    numbers = [int(body) for body in run("consumer", "-q", queue, "--drain", "--prefetch", "300").bodies]
+    assert set(numbers) == set(range(1, 30_001))
+    assert len(numbers) - 30_000 <= BATCH
+
+
+@pytest.mark.long
+def test_an_idle_producer_stays_connected(start: Start, queue: str, proxy: Proxy) -> None:
+    producer = start("producer", "-q", queue, "-", url=f"{proxy.url}?heartbeat=2")
+    consumer = start("consumer", "-q", queue)
+    producer.write(b"one\n")
+    eventually(lambda: consumer.bodies == [b"one"])
+    lines = len(proxy.lines)
+
+    time.sleep(9)  # the broker closes a connection that was silent for two heartbeats
+    producer.write(b"two\n")
+
+    eventually(lambda: consumer.bodies == [b"one", b"two"])
+    assert producer.end() == 0
+    assert producer.stderr == "producer.py: 2 messages published\n"
+    assert len(proxy.lines) == lines
+    assert consumer.terminate() == 0
+
+
+@pytest.mark.ours
+def test_an_idle_producer_whose_connection_is_closed_connects_again(broker: Any, start: Start, queue: str) -> None:
+    producer, consumer = start("producer", "-q", queue, "-"), start("consumer", "-q", queue)
+    producer.write(b"one\n")
+    eventually(lambda: consumer.bodies == [b"one"])
+
+    broker.ctl("close_all_connections", "maintenance")
+    producer.write(b"two\n")
+
+    eventually(lambda: b"two" in consumer.bodies)
+    assert producer.end() == 0
+    assert len(tries(producer)) == 1
+    assert "maintenance" in producer.stderr
+    assert consumer.terminate() == 0
+
+
+@pytest.mark.long
+def test_nothing_is_lost_when_consumers_are_killed_again_and_again(
+    start: Start, run: Run, queue: str, depth: Any, rng: random.Random
+) -> None:
+    run("producer", "-q", queue, "-", input=lines(1, 5000))
+    handled = Handled()
+    handle = f"{HANDLE}; time.sleep(0.001)"  # so that there is something left for each
+
+    for _ in range(10):
+        handled.consumers.append(start("consumer", "-q", queue, handle=handle))
+        handled.until(handled.count + rng.randint(1, 200))
+        handled.consumers[-1].kill()
+    last = start("consumer", "-q", queue, handle=handle)
+    handled.consumers.append(last)
+
+    eventually(lambda: len(set(handled.numbers)) == 5000)
+    assert last.terminate() == 0
+    assert set(handled.numbers) == set(range(1, 5001))
+    assert len(handled.numbers) - 5000 <= 10 * PREFETCH
+    eventually(lambda: depth(queue) == 0)
+    assert depth(f"{queue}.dead") == 0
+
+
+@pytest.mark.long
+def test_a_count_is_kept_when_the_connection_is_cut(
+    start: Start, run: Run, queue: str, proxy: Proxy, rng: random.Random
+) -> None:
+    run("producer", "-q", queue, "-", input=lines(1, 3000))
+    consumer = start("consumer", "-q", queue, "-c", "2000", handle=HANDLE, url=proxy.url)
+    handled = Handled()
+    handled.consumers.append(consumer)
+
+    for _ in range(5):
+        handled.until(handled.count + rng.randint(1, 200))
+        proxy.cut()
+
+    assert consumer.end() == 0
+    assert handled.count == 2000
+
+
+@pytest.fixture(scope="module")
+def cluster(session_broker: Broker) -> Iterator[Cluster]:
+    if not session_broker.ours:
+        pytest.skip("needs a broker of its own kind, and --broker URL has none to offer")
+    cluster = cluster_for(session_broker)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.remove()
+
+
+@pytest.mark.ours
+@pytest.mark.long
+def test_a_cluster_that_loses_a_node_loses_no_message(cluster: Cluster, start: Start, queue: str) -> None:
+    stream = Stream(start, queue, url=cluster.url)
+    stream.flow(2000)
+    leader = cluster.leader(queue)
+    other = next(node for node in cluster.nodes if node is not leader)
+
+    leader.kill()
+    stream.flow(2000)
+    leader.start()
+    other.stop()
+    stream.flow(2000)
+    other.start()
+    stream.flow(2000)
+
+    stream.account(other.depth, faults=3)
+
+
+@pytest.mark.ours
+@pytest.mark.long
+def test_nothing_counts_as_published_while_the_cluster_has_no_majority(
+    cluster: Cluster, start: Start, run: Run, queue: str
+) -> None:
+    run("producer", "-q", queue, "one", url=cluster.url)
+    leader = cluster.leader(queue)
+    other = next(node for node in cluster.nodes if node is not leader)
+    leader.kill()
+    other.kill()
+
+    producer = start("producer", "-q", queue, "two", url=cluster.url)
+    eventually(lambda: producer.stderr)
+    leader.start()
+    other.start()
+
+    assert producer.end() == 0
+    assert run("consumer", "-q", queue, "--drain", url=cluster.url).bodies == [b"one", b"two"]
