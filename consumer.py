@@ -56,10 +56,8 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
     try:
         while line:  # not buffered, because what is acknowledged has to be out; a pipe may take a part
             line = line[os.write(1, line) :]
-    except BrokenPipeError:
-        raise Stop from None  # nobody reads on
     except OSError as error:
-        raise Stop(f"standard output: {error.strerror}") from error
+        raise output_failed(error) from error
 
 
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
@@ -195,6 +193,20 @@ def set_up(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
+def output_failed(error: OSError) -> Stop:
+    """Ends the program; in silence if nobody reads its output any more."""
+    return Stop("" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}")
+
+
+def flush_stdout() -> None:
+    """What a `handle` has printed is out, so that its message may be acknowledged."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # because Python flushes again when it exits
+        raise output_failed(error) from error
+
+
 class Consumer:
     """Has `handle` work in a thread of its own, and serves the connection meanwhile."""
 
@@ -203,6 +215,7 @@ class Consumer:
         self.queue = options.queue
         self.left = options.count or sys.maxsize  # messages still to be handled
         self.delays = backoff(options.connect_timeout)
+        self.handled: deque[tuple[str | None, int]] = deque(maxlen=options.prefetch)  # message ids and hashes, the last
         self.worker = ThreadPoolExecutor(max_workers=1)
         self.consuming = self.stopping = False
         self.reason = ""  # why `handle` stopped the program
@@ -301,9 +314,13 @@ class Consumer:
             method, properties, body = waiting.popleft()
             place = (method.exchange, method.routing_key, properties.headers, properties.message_id, method.redelivered)
             log.debug("exchange %r, routing key %r, headers %s, message id %s, redelivered %s", *place)
+            identity = (properties.message_id, hash(body))
+            if method.redelivered and properties.message_id and identity in self.handled:
+                outcomes.append((method, True))  # only the acknowledgement was lost
+                continue
             try:
                 handle(method, properties, body)
-                sys.stdout.flush()  # what a `handle` prints has to be out before the message is acknowledged
+                flush_stdout()
             except Stop as stop:
                 self.reason, self.stopping = str(stop), True
                 return
@@ -311,8 +328,11 @@ class Consumer:
                 log.error("error: message %s failed: %r", properties.message_id, error)
                 log.debug("", exc_info=error)
                 outcomes.append((method, False))
+                if method.redelivered and "x-delivery-count" not in (properties.headers or {}):
+                    time.sleep(1)  # a classic queue has neither limit nor delay
             else:
                 outcomes.append((method, True))
+                self.handled.append(identity)
             self.left -= 1
 
     def settle(self, channel: BlockingChannel, outcomes: deque[Outcome]) -> None:
