@@ -177,7 +177,7 @@ def test_messages_pass_over_tls(run: Run, queue: str, proxy: Proxy, trust: dict[
     assert consumer.stdout == lines
     assert producer.stderr == "producer.py: 1000 messages published\n"
     assert consumer.stderr == ""
-    assert tls.tries == 2
+    assert tls.tries >= 2
 
 
 UNVERIFIED = {
