@@ -222,7 +222,7 @@ class Producer:
         while True:
             left, failure = len(self.left), None
             try:
-                failure = self.commit(size)
+                failure = self.send(size)
             except CONNECTION_ERRORS as error:
                 self.close()
                 failure = error
@@ -242,13 +242,11 @@ class Producer:
             else:
                 pause(failure, delays, self.options)
 
-    def commit(self, size: int) -> Exception | None:
-        """Publish as many of the messages that are left, and wait for the confirmations; an error if some are nacks."""
+    def send(self, size: int) -> Exception | None:
+        """Publish as many of the messages that are left, and wait for the confirmations; returns an error for nacks."""
         if not self.connection:
             self.open()
-        served: list[bool] = []
-        self.ioloop.call_later(0, lambda: served.append(True))
-        self.wait(lambda: served)  # heartbeats, and what happened meanwhile
+        self.wait(lambda: True)  # for heartbeats, and what else has come in
         batch = list(itertools.islice(self.left.items(), size))
         for number, (routing_key, properties, body) in batch:
             self.unconfirmed[next(self.delivery_tags)] = number
@@ -265,10 +263,8 @@ class Producer:
     def on_confirm(self, frame: Any) -> None:
         """Forget what is acknowledged; what is rejected is left."""
         last = frame.method.delivery_tag
-        confirmed = [last]
-        if frame.method.multiple:
-            confirmed = list(itertools.takewhile(lambda tag: tag <= last, self.unconfirmed))
-        for delivery_tag in confirmed:
+        several = frame.method.multiple and itertools.takewhile(lambda tag: tag <= last, self.unconfirmed)
+        for delivery_tag in list(several or [last]):
             number = self.unconfirmed.pop(delivery_tag)
             if isinstance(frame.method, pika.spec.Basic.Ack):
                 del self.left[number]
@@ -310,15 +306,19 @@ class Producer:
         self.wait(lambda: done[2:])
 
     def wait(self, condition: Callable[[], object]) -> None:
-        """Serve the connection until the condition is true; raises what closed it."""
-        while not self.closed and not condition():
+        """Serve the connection once, and until the condition is true; raises what closed it."""
+        self.ioloop.call_later(0, lambda: None)  # the first poll does not block
+        while True:
             self.ioloop.poll()
             self.ioloop.process_timeouts()
-        if self.closed:
-            raise self.closed[0]
+            if self.closed:
+                raise self.closed[0]
+            if condition():
+                return
 
     def close(self) -> None:
         if self.connection and self.connection.is_open:
+            self.closed.clear()  # of the channel
             self.connection.close()
             with contextlib.suppress(*CONNECTION_ERRORS):  # what was confirmed stays so
                 self.wait(lambda: False)

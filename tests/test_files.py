@@ -68,3 +68,13 @@ def test_messages_in_the_readme_are_those_of_the_scripts() -> None:
         if not row[0].isupper():  # what starts so comes from the broker or the system, see test_errors.py
             for part in row.split("..."):
                 assert part.strip() in sources, row
+
+
+def test_what_the_readme_says_of_faults_is_tested() -> None:
+    readme = (ROOT / "README.md").read_text()
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+
+    named = re.findall(r"\| `(test_\w+)` \|$", readme, flags=re.MULTILINE)
+
+    assert len(named) > 20
+    assert [name for name in named if f"def {name}(" not in tests] == []
