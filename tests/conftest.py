@@ -17,6 +17,9 @@ import pytest
 import broker as brokers
 from broker import ROOT, Broker, eventually
 
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background jobs ignore it, and so would the scripts
 TIMEOUT = 120  # seconds after which a script that should have ended has failed its test
 
 

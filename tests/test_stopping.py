@@ -276,7 +276,7 @@ def test_count_is_reached_across_an_outage(start: Start, run: Run, queue: str, b
 
     assert consumer.end(timeout=60) == 0
     rest = run("consumer", "-q", queue, "--drain").bodies
-    assert rest == [b"4", b"5"] or rest == [b"3", b"4", b"5"]  # the first counts once or twice
+    assert len(consumer.bodies) == 3
     assert set(consumer.bodies) | set(rest) == {b"1", b"2", b"3", b"4", b"5"}
 
 
