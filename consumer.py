@@ -52,19 +52,14 @@ Outcome = Tuple[pika.spec.Basic.Deliver, bool]  # handled, or failed
 
 def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
     """Return when the message is done with. An exception has it delivered again later; Stop ends the program."""
-    line = body + b"\n"
-    try:
-        while line:  # not buffered, because what is acknowledged has to be out; a pipe may take a part
-            line = line[os.write(1, line) :]
-    except OSError as error:
-        raise output_failed(error) from error
+    write(body + b"\n")
 
 
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
-FINAL = {  # errors that would be the same the next time, and what to do about them; the first that fits counts
-    "FAILED - delivery acknowledgement": "",  # passes: a handler took longer than the broker waits
-    "FAILED - consumer ack timed out": "",  # the same, later than RabbitMQ 3.10
+FINAL = {  # errors that would be the same the next time, with what to do about them; the first that fits counts
+    "FAILED - delivery acknowledgement": "",  # not final: a handler took longer than the broker waits
+    "FAILED - consumer ack timed out": "",  # the same, from later versions
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
     "NOT_FOUND": "-t TYPE declares an exchange",
@@ -113,7 +108,7 @@ def backoff(timeout: float) -> Iterator[float]:
     """Seconds to wait before each try, growing to 5, with jitter; no more once `timeout` seconds have passed."""
     deadline, longest = time.monotonic() + timeout, 0.2
     while time.monotonic() < deadline:
-        yield min(longest * random.uniform(0.5, 1), deadline - time.monotonic())
+        yield max(0, min(longest * random.uniform(0.5, 1), deadline - time.monotonic()))
         longest = min(2 * longest, 5)
 
 
@@ -193,18 +188,15 @@ def set_up(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-def output_failed(error: OSError) -> Stop:
-    """Ends the program; in silence if nobody reads its output any more."""
-    return Stop("" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}")
-
-
-def flush_stdout() -> None:
-    """What a `handle` has printed is out, so that its message may be acknowledged."""
+def write(data: bytes = b"") -> None:
+    """Standard output has what was printed, and the data; raises Stop, in silence if nobody reads on."""
     try:
         sys.stdout.flush()
+        while data:  # a pipe may take a part
+            data = data[os.write(1, data) :]
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # because Python flushes again when it exits
-        raise output_failed(error) from error
+        raise Stop("" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}") from error
 
 
 class Consumer:
@@ -213,7 +205,7 @@ class Consumer:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.queue = options.queue
-        self.left = options.count or sys.maxsize  # messages still to be handled
+        self.remaining = options.count or sys.maxsize  # messages still to be handled
         self.delays = backoff(options.connect_timeout)
         self.handled: deque[tuple[str | None, int]] = deque(maxlen=options.prefetch)  # message ids and hashes, the last
         self.worker = ThreadPoolExecutor(max_workers=1)
@@ -230,7 +222,7 @@ class Consumer:
 
     def run(self) -> None:
         """Consume until told to stop; raises Stop if the broker refuses, or is away for `connect_timeout`."""
-        while self.left and not self.stopping:
+        while self.remaining and not self.stopping:
             try:
                 with connect(self.options) as connection:
                     self.consume(self.declare(connection))
@@ -264,7 +256,7 @@ class Consumer:
         """Have messages handled until told to stop, then give back the others."""
         waiting: deque[Delivery] = deque()  # for the worker
         outcomes: deque[Outcome] = deque()  # of its work
-        channel.basic_qos(prefetch_count=min(self.options.prefetch, self.left))
+        channel.basic_qos(prefetch_count=max(1, min(self.options.prefetch, self.remaining)))
         bound = -math.inf
         self.consuming = True
         try:
@@ -279,7 +271,7 @@ class Consumer:
                     waiting.extend(self.receive(channel, timeout=0))
                     self.settle(channel, outcomes)
                 job.result()  # raises what `work` does not contain
-                if self.stopping or not self.left or (self.options.drain and idle and self.is_empty(channel)):
+                if self.stopping or not self.remaining or (idle and not waiting and self.is_drained(channel)):
                     break
                 self.settle(channel, outcomes)
                 self.delays = backoff(self.options.connect_timeout)  # all is well
@@ -303,14 +295,16 @@ class Consumer:
                 return messages
         raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
 
-    def is_empty(self, channel: BlockingChannel) -> bool:
-        """There are no messages in the queue, nor on their way: these come after the first answer."""
+    def is_drained(self, channel: BlockingChannel) -> bool:
+        """The queue was to be emptied, and is. Asks twice, because messages on their way come after the first answer."""
+        if not self.options.drain:
+            return False
         ready = [channel.queue_declare(self.queue, passive=True).method.message_count for _ in range(2)]
         return not any(ready) and not channel.get_waiting_message_count()
 
     def work(self, waiting: deque[Delivery], outcomes: deque[Outcome]) -> None:
         """Handle what is waiting, as long as there is something. Runs in the worker's thread."""
-        while waiting and self.left and not self.stopping:
+        while waiting and self.remaining and not self.stopping:
             method, properties, body = waiting.popleft()
             place = (method.exchange, method.routing_key, properties.headers, properties.message_id, method.redelivered)
             log.debug("exchange %r, routing key %r, headers %s, message id %s, redelivered %s", *place)
@@ -320,7 +314,7 @@ class Consumer:
                 continue
             try:
                 handle(method, properties, body)
-                flush_stdout()
+                write()  # what a `handle` prints has to be out before the message is acknowledged
             except Stop as stop:
                 self.reason, self.stopping = str(stop), True
                 return
@@ -333,7 +327,7 @@ class Consumer:
             else:
                 outcomes.append((method, True))
                 self.handled.append(identity)
-            self.left -= 1
+            self.remaining -= 1
 
     def settle(self, channel: BlockingChannel, outcomes: deque[Outcome]) -> None:
         """Acknowledge what was handled, all with one frame; reject what failed."""

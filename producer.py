@@ -14,7 +14,6 @@ To publish from a program of yours, use `Producer`. The other half of the pair i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import logging
 import os
@@ -26,6 +25,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from typing import Any, Callable, Iterable, Iterator, NoReturn, Sequence, Tuple
 
 import pika
@@ -51,9 +51,9 @@ QUEUE_ARGUMENTS = {
 
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
-FINAL = {  # errors that would be the same the next time, and what to do about them; the first that fits counts
-    "FAILED - delivery acknowledgement": "",  # passes: a handler took longer than the broker waits
-    "FAILED - consumer ack timed out": "",  # the same, later than RabbitMQ 3.10
+FINAL = {  # errors that would be the same the next time, with what to do about them; the first that fits counts
+    "FAILED - delivery acknowledgement": "",  # not final: a handler took longer than the broker waits
+    "FAILED - consumer ack timed out": "",  # the same, from later versions
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
     "NOT_FOUND": "-t TYPE declares an exchange",
@@ -102,7 +102,7 @@ def backoff(timeout: float) -> Iterator[float]:
     """Seconds to wait before each try, growing to 5, with jitter; no more once `timeout` seconds have passed."""
     deadline, longest = time.monotonic() + timeout, 0.2
     while time.monotonic() < deadline:
-        yield min(longest * random.uniform(0.5, 1), deadline - time.monotonic())
+        yield max(0, min(longest * random.uniform(0.5, 1), deadline - time.monotonic()))
         longest = min(2 * longest, 5)
 
 
@@ -193,48 +193,45 @@ class Producer:
         self.connection: pika.SelectConnection | None = None
         run = uuid.uuid4()
         self.message_ids = (f"{run}-{number}" for number in itertools.count(1))
-        self.safe = 0  # messages, from the first on, that need not be sent again
-        self.unroutable = 0  # those of them that no queue would receive
-        self.left: dict[int, Message] = {}  # what has to be published and confirmed, by its number
+        self.pending: dict[int, Message] = {}  # by number; what leaves is what the broker has confirmed
+        self.last = 0  # number of the last message that was given
+        self.unroutable = 0  # confirmed messages that no queue would receive
+
+    @property
+    def safe(self) -> int:
+        """How many messages, from the first on, need not be sent again."""
+        return next(iter(self.pending), self.last + 1) - 1
 
     def message(self, body: bytes, routing_key: str | None = None, **properties: Any) -> Message:
-        """A message to publish. It keeps its `message_id` when it is sent again."""
-        options = self.options
-        defaults: dict[str, Any] = {
-            "content_type": options.content_type,
-            "headers": options.header,
-            "delivery_mode": 2,  # persistent
-            "message_id": next(self.message_ids),
-            "timestamp": int(time.time()),
-        }
-        key = options.routing_key if routing_key is None else routing_key
+        """A persistent message to publish, which keeps its `message_id` when it is sent again."""
+        defaults = {"content_type": self.options.content_type, "headers": self.options.header, "delivery_mode": 2}
+        defaults.update(message_id=next(self.message_ids), timestamp=int(time.time()))
+        key = self.options.routing_key if routing_key is None else routing_key
         return key, pika.BasicProperties(**{**defaults, **properties}), body
 
     def publish(self, messages: Iterable[Message]) -> int:
-        """Return when the broker has taken responsibility for all messages but those, whose number is returned,
-        which no queue would receive. Without messages, keep the connection alive.
+        """Publish; return how many messages no queue would receive. The broker has taken responsibility for the others.
 
-        Raises Stop if the broker refuses, or is away for longer than `connect_timeout`; `safe` tells how far it got.
+        Without messages, it keeps the connection alive. Raises Stop if the broker refuses, or is away for longer than
+        `connect_timeout`; `safe` tells how far it got, and the next call is for the messages from there on.
         """
-        self.left = dict(enumerate(messages, self.safe + 1))
-        self.returned: set[str] = set()  # message ids
-        end, size, delays = self.safe + len(self.left), len(self.left), backoff(self.options.connect_timeout)
+        self.pending = dict(enumerate(messages, self.safe + 1))
+        self.last = max(self.pending, default=self.last)
+        size, delays, unroutable = len(self.pending), backoff(self.options.connect_timeout), self.unroutable
         while True:
-            left, failure = len(self.left), None
+            left, failure = len(self.pending), None
             try:
                 failure = self.send(size)
             except CONNECTION_ERRORS as error:
                 self.close()
                 failure = error
-            except Exception:
-                self.close()  # what waits to be sent would go out with the next messages
+            except BaseException:
+                self.connection = None  # and with it what is half sent
                 raise
-            self.safe = next(iter(self.left), end + 1) - 1
-            if len(self.left) < left:
+            if len(self.pending) < left:
                 delays = backoff(self.options.connect_timeout)
-            if not failure and not self.left:
-                self.unroutable += len(self.returned)
-                return len(self.returned)
+            if not failure and not self.pending:
+                return self.unroutable - unroutable
             if not failure:
                 size *= 2
             elif getattr(failure, "reply_code", 0) == 406 and size > 1:
@@ -243,31 +240,40 @@ class Producer:
                 pause(failure, delays, self.options)
 
     def send(self, size: int) -> Exception | None:
-        """Publish as many of the messages that are left, and wait for the confirmations; returns an error for nacks."""
+        """Publish as many of the pending messages and wait for the confirmations; the error to report for nacks."""
         if not self.connection:
             self.open()
-        self.wait(lambda: True)  # for heartbeats, and what else has come in
-        batch = list(itertools.islice(self.left.items(), size))
+        self.serve_until(lambda: True)  # heartbeats, and what else has come in
+        batch = list(itertools.islice(self.pending.items(), size))
+        exchange = self.options.exchange or ""
         for number, (routing_key, properties, body) in batch:
             self.unconfirmed[next(self.delivery_tags)] = number
             # Mandatory, because otherwise what cannot be routed is dropped, and confirmed.
-            self.channel.basic_publish(self.options.exchange or "", routing_key, body, properties, mandatory=True)
+            self.channel.basic_publish(exchange, routing_key, body, properties, mandatory=True)
         hint = "no confirmation for 10 s: is the broker, and are most of the nodes that have the queue, well?"
         overdue = self.ioloop.call_later(10, lambda: log.warning(hint))
-        self.wait(lambda: not self.unconfirmed)
+        self.serve_until(lambda: not self.unconfirmed)
         self.ioloop.remove_timeout(overdue)
-        if any(number in self.left for number, _ in batch):
+        if any(number in self.pending for number, _ in batch):
             return AMQPChannelError("messages were rejected: the queue is full, or has lost most of its nodes")
         return None
 
     def on_confirm(self, frame: Any) -> None:
-        """Forget what is acknowledged; what is rejected is left."""
-        last = frame.method.delivery_tag
-        several = frame.method.multiple and itertools.takewhile(lambda tag: tag <= last, self.unconfirmed)
-        for delivery_tag in list(several or [last]):
-            number = self.unconfirmed.pop(delivery_tag)
+        """An acknowledged message is not pending any more; a rejected one is."""
+        tags = [frame.method.delivery_tag]
+        if frame.method.multiple:
+            tags = list(itertools.takewhile(lambda tag: tag <= frame.method.delivery_tag, self.unconfirmed))
+        for tag in tags:
+            number = self.unconfirmed.pop(tag)
             if isinstance(frame.method, pika.spec.Basic.Ack):
-                del self.left[number]
+                _, properties, _ = self.pending.pop(number)
+                if self.returned[properties.message_id]:
+                    self.returned[properties.message_id] -= 1
+                    self.unroutable += 1
+
+    def on_return(self, channel: Any, method: Any, properties: pika.BasicProperties, body: bytes) -> None:
+        """No queue would receive the message; its confirmation follows."""
+        self.returned[properties.message_id] += 1
 
     def open(self) -> None:
         """Declare what is needed, and connect for publishing.
@@ -283,45 +289,47 @@ class Producer:
                 declare_queue(blocking, options.queue)
         self.unconfirmed: dict[int, int] = {}  # number of the message, by delivery tag
         self.delivery_tags = itertools.count(1)
-        self.closed: list[BaseException] = []
+        self.returned: Counter[str] = Counter()  # message ids
+        self.close_reasons: list[BaseException] = []
         self.ioloop = IOLoop()
         self.ioloop.activate_poller()
         done: list[Any] = []
         pika.SelectConnection.create_connection(options.url, on_done=done.append, custom_ioloop=self.ioloop)
-        self.wait(lambda: done)
+        self.serve_until(lambda: done)
         if not isinstance(done[0], pika.SelectConnection):
             raise AMQPConnectionError(done[0].exceptions[-1])
         self.connection = connection = done[0]
-        connection.add_on_close_callback(lambda connection, reason: self.closed.append(reason))
+        connection.add_on_close_callback(lambda connection, reason: self.close_reasons.append(reason))
         connection.add_on_connection_blocked_callback(
             lambda connection, frame: log.warning("the broker blocks publishers: %s", frame.method.reason)
         )
         self.channel = connection.channel(on_open_callback=done.append)
-        self.channel.add_on_close_callback(lambda channel, reason: self.closed.append(reason))
-        self.channel.add_on_return_callback(
-            lambda channel, method, properties, body: self.returned.add(properties.message_id)
-        )
-        self.wait(lambda: done[1:])
+        self.channel.add_on_close_callback(lambda channel, reason: self.close_reasons.append(reason))
+        self.channel.add_on_return_callback(self.on_return)
+        self.serve_until(lambda: done[1:])
         self.channel.confirm_delivery(ack_nack_callback=self.on_confirm, callback=done.append)
-        self.wait(lambda: done[2:])
+        self.serve_until(lambda: done[2:])
 
-    def wait(self, condition: Callable[[], object]) -> None:
+    def serve_until(self, condition: Callable[[], object]) -> None:
         """Serve the connection once, and until the condition is true; raises what closed it."""
-        self.ioloop.call_later(0, lambda: None)  # the first poll does not block
+        self.ioloop.call_later(0, lambda: None)  # so that the first poll does not block
         while True:
             self.ioloop.poll()
             self.ioloop.process_timeouts()
-            if self.closed:
-                raise self.closed[0]
+            if self.close_reasons:
+                raise self.close_reasons[0]
             if condition():
                 return
 
     def close(self) -> None:
+        """Take leave of the broker, in 5 s at most."""
         if self.connection and self.connection.is_open:
-            self.closed.clear()  # of the channel
             self.connection.close()
-            with contextlib.suppress(*CONNECTION_ERRORS):  # what was confirmed stays so
-                self.wait(lambda: False)
+            deadline = time.monotonic() + 5
+            self.ioloop.call_later(5, lambda: None)
+            while not self.connection.is_closed and time.monotonic() < deadline:
+                self.ioloop.poll()
+                self.ioloop.process_timeouts()
         self.connection = None
 
 
@@ -331,20 +339,22 @@ def batches(messages: Sequence[str]) -> Iterator[Sequence[bytes]]:
     if messages != ["-"]:
         yield [os.fsencode(message) for message in messages]
         return
-    lines: queue.Queue[Sequence[bytes] | Stop] = queue.Queue(maxsize=2)
+    lines: queue.Queue[Sequence[bytes] | Stop | None] = queue.Queue(maxsize=2)
     threading.Thread(target=read_lines, args=[lines], daemon=True).start()
     while True:
         try:
             batch = lines.get(timeout=1)
         except queue.Empty:
             batch = []
+        if batch is None:
+            return
         if isinstance(batch, Stop):
             raise batch
         yield batch
 
 
-def read_lines(lines: queue.Queue[Sequence[bytes] | Stop]) -> None:
-    """Put the lines of standard input, those that end in one read together, and then a Stop."""
+def read_lines(lines: queue.Queue[Sequence[bytes] | Stop | None]) -> None:
+    """Put the lines of standard input, those that end in one read together, and then None, or the reason to stop."""
     pieces: list[bytes] = []  # of a line that has not ended; joined once, because there can be many
     try:
         for data in iter(lambda: os.read(0, READ_SIZE), b""):
@@ -356,7 +366,7 @@ def read_lines(lines: queue.Queue[Sequence[bytes] | Stop]) -> None:
             pieces.append(rest)
         if any(pieces):
             lines.put([b"".join(pieces)])
-        lines.put(Stop())
+        lines.put(None)
     except OSError as error:
         lines.put(Stop(f"standard input: {error.strerror}"))
 
@@ -393,6 +403,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         for bodies in batches(options.messages):
             producer.publish([producer.message(body) for body in bodies])
+        producer.close()
     except KeyboardInterrupt:
         status, reason = 130, "interrupted"
     except Stop as stop:
@@ -407,7 +418,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status or 1
     if not unroutable:
         log.info("%d message%s published", safe, "s" * (safe != 1))
-    producer.close()
     return status
 
 
