@@ -143,7 +143,7 @@ def test_the_worker_works_as_shown(run: Run, broker: Broker, shell_environment: 
     (handle,) = blocks("### A worker", "python")
     consumer = (ROOT / "consumer.py").read_text()
     own, rest = consumer[: consumer.index("\ndef handle(")], consumer[consumer.index("# What follows") :]
-    (tmp_path / "worker.py").write_text(f"{own}\nimport sqlite3\n{handle}\n{rest}")
+    (tmp_path / "worker.py").write_text(f"{own}\n{handle}\n{rest}")
     worker = "python worker.py -e logs -t topic -q audit --drain"
 
     bash(f"{worker} && python producer.py -e logs -r a.b one two && {worker}", tmp_path, shell_environment)
