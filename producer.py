@@ -243,7 +243,6 @@ class Producer:
         """Publish as many of the pending messages and wait for the confirmations; the error to report for nacks."""
         if not self.connection:
             self.open()
-        self.serve_until(lambda: True)  # heartbeats, and what else has come in
         batch = list(itertools.islice(self.pending.items(), size))
         exchange = self.options.exchange or ""
         for number, (routing_key, properties, body) in batch:
@@ -252,7 +251,7 @@ class Producer:
             self.channel.basic_publish(exchange, routing_key, body, properties, mandatory=True)
         hint = "no confirmation for 10 s: is the broker, and are most of the nodes that have the queue, well?"
         overdue = self.ioloop.call_later(10, lambda: log.warning(hint))
-        self.serve_until(lambda: not self.unconfirmed)
+        self.serve_until(lambda: not self.unconfirmed)  # once, even if there are none: for heartbeats
         self.ioloop.remove_timeout(overdue)
         if any(number in self.pending for number, _ in batch):
             return AMQPChannelError("messages were rejected: the queue is full, or has lost most of its nodes")

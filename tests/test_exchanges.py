@@ -33,7 +33,11 @@ class Probe:
         headers = dict(value.split("=") for option, value in options if option == "-H")
         properties = pika.BasicProperties(headers=headers)
         with contextlib.suppress(pika.exceptions.ChannelClosedByBroker), self.broker.connect() as connection:
-            connection.channel().basic_publish(self.exchange, keys[-1] if keys else "", mark, properties)
+            channel = connection.channel()
+            channel.exchange_declare(
+                self.exchange, passive=True
+            )  # or the broker and the test close the channel at once
+            channel.basic_publish(self.exchange, keys[-1] if keys else "", mark, properties)
 
     def until_bound(self, consumers: dict[str, Script], mark: bytes = b"bound?") -> None:
         def bound() -> bool:
