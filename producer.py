@@ -168,8 +168,8 @@ def common_options() -> Parser:
     add("-e", "--exchange", type=short_string, help="has to exist, unless -t is given")
     add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange, of this type")
     add("-H", "--header", type=header, action="append", default=[], metavar="KEY=VALUE", help="repeatable")
-    wait = "how long an unreachable broker is tried for; default: %(default)g"
-    add("--connect-timeout", type=float, default=CONNECT_TIMEOUT, metavar="SECONDS", help=wait)
+    how_long = "how long an unreachable broker is tried for; default: %(default)g"
+    add("--connect-timeout", type=float, default=CONNECT_TIMEOUT, metavar="SECONDS", help=how_long)
     add("-v", "--verbose", action="store_true", help="more on stderr")
     return parser
 
