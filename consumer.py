@@ -15,12 +15,14 @@ To make it yours, replace `handle`. The other half of the pair is producer.py.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import math
 import os
 import random
 import re
 import signal
+import socket
 import sys
 import time
 from collections import deque
@@ -58,7 +60,7 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
 FINAL = {  # errors that would be the same the next time, with what to do about them; the first that fits counts
-    "FAILED - delivery acknowledgement": "",  # not final: a handler took longer than the broker waits
+    "FAILED - delivery acknowledgement": "",  # the exception: a handler took longer than the broker waits
     "FAILED - consumer ack timed out": "",  # the same, from later versions
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
@@ -75,33 +77,22 @@ class Stop(Exception):
     """Ends the program; the text, if there is one, says what was not done and why."""
 
 
-def connect(options: argparse.Namespace) -> pika.BlockingConnection:
-    for broker in options.url:
-        broker.stack_timeout = min(max(options.connect_timeout, 1), broker.stack_timeout)
-    return pika.BlockingConnection(options.url)
-
-
-def declare_queue(connection: pika.BlockingConnection, queue: str) -> BlockingChannel:
-    """The queue NAME and NAME.dead exist; what existed with other settings is used as it is. Returns an open channel."""
+def queue_declarations(queue: str | None) -> Iterator[dict[str, Any]]:
+    """For `queue_declare`: the queue NAME and NAME.dead, if there is a name."""
+    if not queue:
+        return
     name = queue[: -len(".dead")] if queue.endswith(".dead") else queue
-    channel, dead = connection.channel(), f"{name}.dead"
+    arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{name}.dead"}
+    yield {"queue": name, "durable": True, "arguments": arguments}
     # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
-    for declared, limit in (name, {}), (dead, {"x-delivery-limit": 2**31 - 1}):
-        arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": dead, **limit}
-        try:
-            channel.queue_declare(declared, durable=True, arguments=arguments)
-        except ChannelClosedByBroker as error:
-            if error.reply_code != 406:
-                raise
-            log.warning("warning: queue %s is used as it is: %s", declared, error.reply_text)
-            return connection.channel()
-    return channel
+    yield {"queue": f"{name}.dead", "durable": True, "arguments": {**arguments, "x-delivery-limit": 2**31 - 1}}
 
 
-def declare_exchange(channel: BlockingChannel, options: argparse.Namespace) -> None:
-    """The exchange exists; without -t it did before."""
-    exchange_type = options.type or "direct"  # which a passive declaration ignores
-    channel.exchange_declare(options.exchange, exchange_type, passive=not options.type, durable=True)
+def use_as_it_is(error: ChannelClosedByBroker) -> None:
+    """Nothing to do if a queue exists with other settings; other errors are raised."""
+    if "inequivalent arg" not in error.reply_text:
+        raise error
+    log.warning("warning: the queue is used as it is: %s", error.reply_text)
 
 
 def backoff(timeout: float) -> Iterator[float]:
@@ -114,7 +105,7 @@ def backoff(timeout: float) -> Iterator[float]:
 
 def pause(error: BaseException, delays: Iterator[float], options: argparse.Namespace) -> None:
     """Log the error and wait before the next try; raise Stop if there is none left, or it would be useless."""
-    cause = getattr(error.args[0], "exception", error) if error.args else error  # what the socket said
+    cause = getattr(error.args[0] if error.args else error, "exception", error)  # what the socket said
     text = getattr(cause, "reply_text", "") or str(cause) or repr(cause)
     hint = next((hint for word, hint in FINAL.items() if word in text), "")
     delay = None if hint else next(delays, None)
@@ -125,6 +116,8 @@ def pause(error: BaseException, delays: Iterator[float], options: argparse.Names
     if delay is None:
         raise Stop(text) from error
     log.warning("%s; next try in %.1f s", text, delay)
+    if isinstance(cause, socket.gaierror):
+        options.url.append(options.url.pop(0))  # because pika tries none after a name that does not resolve
     time.sleep(delay)
 
 
@@ -133,8 +126,8 @@ def broker_urls(text: str) -> list[pika.URLParameters]:
     urls = re.split(",(?=amqps?://)", text)
     form = r"amqps?://([^/?#@:]*:[^/?#@]*@)?(\[[^]/?#@]*\]|[^/?#@:[]*)(:\d+)?(/[^/?#@]{0,255})?(\?[^#@]*)?"
     if not all(re.fullmatch(form, url) for url in urls):
-        form = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
-        raise argparse.ArgumentTypeError(form)
+        hint = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
+        raise argparse.ArgumentTypeError(hint)
     try:
         text.encode()
         brokers = [pika.URLParameters(url) for url in urls]
@@ -165,7 +158,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def common_options() -> Parser:
-    formatter = argparse.RawDescriptionHelpFormatter
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=110)  # given: finding out takes 3 ms
     parser = Parser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     url = os.environ.get("AMQP_URL") or URL
@@ -224,7 +217,7 @@ class Consumer:
         """Consume until told to stop; raises Stop if the broker refuses, or is away for `connect_timeout`."""
         while self.remaining and not self.stopping:
             try:
-                with connect(self.options) as connection:
+                with pika.BlockingConnection(self.options.url) as connection:
                     self.consume(self.declare(connection))
                     return
             except CONNECTION_ERRORS as error:
@@ -233,37 +226,46 @@ class Consumer:
 
     def declare(self, connection: pika.BlockingConnection) -> BlockingChannel:
         """The queue exists. Returns an open channel."""
-        if self.options.queue:
-            return declare_queue(connection, self.options.queue)
-        if self.queue:
-            log.warning("warning: what was sent during the outage is missed, because the queue was private")
         channel = connection.channel()
-        self.queue = channel.queue_declare("", exclusive=True).method.queue
+        try:
+            for declaration in queue_declarations(self.options.queue):
+                channel.queue_declare(**declaration)
+        except ChannelClosedByBroker as error:
+            use_as_it_is(error)
+            channel = connection.channel()
+        if not self.options.queue:
+            if self.queue:
+                log.warning("warning: what was sent during the outage is missed, because the queue was private")
+            self.queue = channel.queue_declare(queue="", exclusive=True).method.queue
         return channel
 
     def bind(self, channel: BlockingChannel) -> None:
         """The exchange exists, and the queue is bound to it as the options say."""
         options = self.options
         if options.exchange:
-            declare_exchange(channel, options)
+            # A passive declaration ignores the type.
+            exchange = {"exchange": options.exchange, "exchange_type": options.type or "direct", "durable": True}
+            channel.exchange_declare(passive=not options.type, **exchange)
             arguments = {"x-match": options.match or "all", **dict(options.header)} if options.header else None
             # By default all messages; without -t, the type that this depends on is not known.
             default = {"topic": ["#"], None: ["", "#"]}.get(options.type, [""])
             for routing_key in options.routing_key or default:
-                channel.queue_bind(self.queue, options.exchange, routing_key, arguments)
+                channel.queue_bind(
+                    queue=self.queue, exchange=options.exchange, routing_key=routing_key, arguments=arguments
+                )
 
     def consume(self, channel: BlockingChannel) -> None:
         """Have messages handled until told to stop, then give back the others."""
         waiting: deque[Delivery] = deque()  # for the worker
         outcomes: deque[Outcome] = deque()  # of its work
         channel.basic_qos(prefetch_count=max(1, min(self.options.prefetch, self.remaining)))
-        bound = -math.inf
+        bound_at = -math.inf
         self.consuming = True
         try:
             while True:
-                if time.monotonic() - bound > 10:
+                if time.monotonic() - bound_at > 10:
                     self.bind(channel)  # again and again, because the broker does not tell when an exchange is deleted
-                    bound = time.monotonic()
+                    bound_at = time.monotonic()
                 waiting.extend(self.receive(channel, timeout=0 if waiting else 0.2))
                 idle = not waiting
                 job = self.worker.submit(self.work, waiting, outcomes)
@@ -288,7 +290,7 @@ class Consumer:
     def receive(self, channel: BlockingChannel, timeout: float) -> list[Delivery]:
         """Serve the connection until messages arrive, for `timeout` seconds at most, and return them."""
         messages: list[Delivery] = []
-        for method, properties, body in channel.consume(self.queue, inactivity_timeout=timeout):
+        for method, properties, body in channel.consume(queue=self.queue, inactivity_timeout=timeout):
             if method and properties and body is not None:  # otherwise, the time is over
                 messages.append((method, properties, body))
             if not channel.get_waiting_message_count():
@@ -296,10 +298,10 @@ class Consumer:
         raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
 
     def is_drained(self, channel: BlockingChannel) -> bool:
-        """The queue was to be emptied, and is. Asks twice, because messages on their way come after the first answer."""
+        """The queue was to be emptied, and is. Asks twice, because the first answer can overtake messages."""
         if not self.options.drain:
             return False
-        ready = [channel.queue_declare(self.queue, passive=True).method.message_count for _ in range(2)]
+        ready = [channel.queue_declare(queue=self.queue, passive=True).method.message_count for _ in range(2)]
         return not any(ready) and not channel.get_waiting_message_count()
 
     def work(self, waiting: deque[Delivery], outcomes: deque[Outcome]) -> None:
@@ -339,9 +341,9 @@ class Consumer:
             else:
                 # Not basic_nack, which RabbitMQ 4.3 does not count. A private queue counts nothing: drop it there.
                 requeue = bool(self.options.queue) or not method.redelivered
-                channel.basic_reject(method.delivery_tag, requeue=requeue)
+                channel.basic_reject(delivery_tag=method.delivery_tag, requeue=requeue)
         if handled:
-            channel.basic_ack(handled, multiple=True)
+            channel.basic_ack(delivery_tag=handled, multiple=True)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -366,6 +368,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     }.items():
         if made:
             parser.error(mistake)
+    for broker in options.url:
+        broker.stack_timeout = min(max(options.connect_timeout, 1), broker.stack_timeout)  # of one try
     if not options.exchange:
         options.queue = options.queue or QUEUE
     return options

@@ -14,6 +14,7 @@ To publish from a program of yours, use `Producer`. The other half of the pair i
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import logging
 import os
@@ -21,6 +22,7 @@ import queue
 import random
 import re
 import signal
+import socket
 import sys
 import threading
 import time
@@ -29,7 +31,6 @@ from collections import Counter
 from typing import Any, Callable, Iterable, Iterator, NoReturn, Sequence, Tuple
 
 import pika
-from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.select_connection import IOLoop
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
 from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosedByBroker
@@ -52,7 +53,7 @@ QUEUE_ARGUMENTS = {
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
 FINAL = {  # errors that would be the same the next time, with what to do about them; the first that fits counts
-    "FAILED - delivery acknowledgement": "",  # not final: a handler took longer than the broker waits
+    "FAILED - delivery acknowledgement": "",  # the exception: a handler took longer than the broker waits
     "FAILED - consumer ack timed out": "",  # the same, from later versions
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
@@ -69,33 +70,22 @@ class Stop(Exception):
     """Ends the program; the text, if there is one, says what was not done and why."""
 
 
-def connect(options: argparse.Namespace) -> pika.BlockingConnection:
-    for broker in options.url:
-        broker.stack_timeout = min(max(options.connect_timeout, 1), broker.stack_timeout)
-    return pika.BlockingConnection(options.url)
-
-
-def declare_queue(connection: pika.BlockingConnection, queue: str) -> BlockingChannel:
-    """The queue NAME and NAME.dead exist; what existed with other settings is used as it is. Returns an open channel."""
+def queue_declarations(queue: str | None) -> Iterator[dict[str, Any]]:
+    """For `queue_declare`: the queue NAME and NAME.dead, if there is a name."""
+    if not queue:
+        return
     name = queue[: -len(".dead")] if queue.endswith(".dead") else queue
-    channel, dead = connection.channel(), f"{name}.dead"
+    arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{name}.dead"}
+    yield {"queue": name, "durable": True, "arguments": arguments}
     # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
-    for declared, limit in (name, {}), (dead, {"x-delivery-limit": 2**31 - 1}):
-        arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": dead, **limit}
-        try:
-            channel.queue_declare(declared, durable=True, arguments=arguments)
-        except ChannelClosedByBroker as error:
-            if error.reply_code != 406:
-                raise
-            log.warning("warning: queue %s is used as it is: %s", declared, error.reply_text)
-            return connection.channel()
-    return channel
+    yield {"queue": f"{name}.dead", "durable": True, "arguments": {**arguments, "x-delivery-limit": 2**31 - 1}}
 
 
-def declare_exchange(channel: BlockingChannel, options: argparse.Namespace) -> None:
-    """The exchange exists; without -t it did before."""
-    exchange_type = options.type or "direct"  # which a passive declaration ignores
-    channel.exchange_declare(options.exchange, exchange_type, passive=not options.type, durable=True)
+def use_as_it_is(error: ChannelClosedByBroker) -> None:
+    """Nothing to do if a queue exists with other settings; other errors are raised."""
+    if "inequivalent arg" not in error.reply_text:
+        raise error
+    log.warning("warning: the queue is used as it is: %s", error.reply_text)
 
 
 def backoff(timeout: float) -> Iterator[float]:
@@ -108,7 +98,7 @@ def backoff(timeout: float) -> Iterator[float]:
 
 def pause(error: BaseException, delays: Iterator[float], options: argparse.Namespace) -> None:
     """Log the error and wait before the next try; raise Stop if there is none left, or it would be useless."""
-    cause = getattr(error.args[0], "exception", error) if error.args else error  # what the socket said
+    cause = getattr(error.args[0] if error.args else error, "exception", error)  # what the socket said
     text = getattr(cause, "reply_text", "") or str(cause) or repr(cause)
     hint = next((hint for word, hint in FINAL.items() if word in text), "")
     delay = None if hint else next(delays, None)
@@ -119,6 +109,8 @@ def pause(error: BaseException, delays: Iterator[float], options: argparse.Names
     if delay is None:
         raise Stop(text) from error
     log.warning("%s; next try in %.1f s", text, delay)
+    if isinstance(cause, socket.gaierror):
+        options.url.append(options.url.pop(0))  # because pika tries none after a name that does not resolve
     time.sleep(delay)
 
 
@@ -127,8 +119,8 @@ def broker_urls(text: str) -> list[pika.URLParameters]:
     urls = re.split(",(?=amqps?://)", text)
     form = r"amqps?://([^/?#@:]*:[^/?#@]*@)?(\[[^]/?#@]*\]|[^/?#@:[]*)(:\d+)?(/[^/?#@]{0,255})?(\?[^#@]*)?"
     if not all(re.fullmatch(form, url) for url in urls):
-        form = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
-        raise argparse.ArgumentTypeError(form)
+        hint = "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, with special characters as %XX (the vhost / is %2F)"
+        raise argparse.ArgumentTypeError(hint)
     try:
         text.encode()
         brokers = [pika.URLParameters(url) for url in urls]
@@ -159,7 +151,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def common_options() -> Parser:
-    formatter = argparse.RawDescriptionHelpFormatter
+    formatter = functools.partial(argparse.RawDescriptionHelpFormatter, width=110)  # given: finding out takes 3 ms
     parser = Parser(usage=argparse.SUPPRESS, description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     url = os.environ.get("AMQP_URL") or URL
@@ -191,23 +183,23 @@ class Producer:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.connection: pika.SelectConnection | None = None
+        self.properties = {"content_type": options.content_type, "headers": options.header, "delivery_mode": 2}
         run = uuid.uuid4()
         self.message_ids = (f"{run}-{number}" for number in itertools.count(1))
         self.pending: dict[int, Message] = {}  # by number; what leaves is what the broker has confirmed
-        self.last = 0  # number of the last message that was given
+        self.given = 0  # number of the last message that was to be published
         self.unroutable = 0  # confirmed messages that no queue would receive
 
     @property
     def safe(self) -> int:
         """How many messages, from the first on, need not be sent again."""
-        return next(iter(self.pending), self.last + 1) - 1
+        return next(iter(self.pending), self.given + 1) - 1
 
     def message(self, body: bytes, routing_key: str | None = None, **properties: Any) -> Message:
         """A persistent message to publish, which keeps its `message_id` when it is sent again."""
-        defaults = {"content_type": self.options.content_type, "headers": self.options.header, "delivery_mode": 2}
-        defaults.update(message_id=next(self.message_ids), timestamp=int(time.time()))
+        own = {"message_id": next(self.message_ids), "timestamp": int(time.time())}
         key = self.options.routing_key if routing_key is None else routing_key
-        return key, pika.BasicProperties(**{**defaults, **properties}), body
+        return key, pika.BasicProperties(**{**self.properties, **own, **properties}), body
 
     def publish(self, messages: Iterable[Message]) -> int:
         """Publish; return how many messages no queue would receive. The broker has taken responsibility for the others.
@@ -215,11 +207,12 @@ class Producer:
         Without messages, it keeps the connection alive. Raises Stop if the broker refuses, or is away for longer than
         `connect_timeout`; `safe` tells how far it got, and the next call is for the messages from there on.
         """
-        self.pending = dict(enumerate(messages, self.safe + 1))
-        self.last = max(self.pending, default=self.last)
+        safe = self.safe
+        self.pending = dict(enumerate(messages, safe + 1))
+        self.given = safe + len(self.pending)
         size, delays, unroutable = len(self.pending), backoff(self.options.connect_timeout), self.unroutable
         while True:
-            left, failure = len(self.pending), None
+            before, failure = len(self.pending), None
             try:
                 failure = self.send(size)
             except CONNECTION_ERRORS as error:
@@ -228,10 +221,10 @@ class Producer:
             except BaseException:
                 self.connection = None  # and with it what is half sent
                 raise
-            if len(self.pending) < left:
-                delays = backoff(self.options.connect_timeout)
-            if not failure and not self.pending:
+            if not self.pending and (size or not failure):  # even if the connection broke after the last confirmation
                 return self.unroutable - unroutable
+            if len(self.pending) < before:
+                delays = backoff(self.options.connect_timeout)
             if not failure:
                 size *= 2
             elif getattr(failure, "reply_code", 0) == 406 and size > 1:
@@ -243,17 +236,18 @@ class Producer:
         """Publish as many of the pending messages and wait for the confirmations; the error to report for nacks."""
         if not self.connection:
             self.open()
+        self.returned: Counter[str] = Counter()  # message ids
         batch = list(itertools.islice(self.pending.items(), size))
-        exchange = self.options.exchange or ""
+        exchange, publish = self.options.exchange or "", self.channel.basic_publish
         for number, (routing_key, properties, body) in batch:
             self.unconfirmed[next(self.delivery_tags)] = number
             # Mandatory, because otherwise what cannot be routed is dropped, and confirmed.
-            self.channel.basic_publish(exchange, routing_key, body, properties, mandatory=True)
-        hint = "no confirmation for 10 s: is the broker, and are most of the nodes that have the queue, well?"
-        overdue = self.ioloop.call_later(10, lambda: log.warning(hint))
-        self.serve_until(lambda: not self.unconfirmed)  # once, even if there are none: for heartbeats
-        self.ioloop.remove_timeout(overdue)
+            publish(exchange=exchange, routing_key=routing_key, body=body, properties=properties, mandatory=True)
+        if not batch:
+            self.ioloop.call_later(0, lambda: None)  # so that the poll for heartbeats does not block
+        self.serve_until(lambda: not self.unconfirmed)
         if any(number in self.pending for number, _ in batch):
+            # Not raised, because the connection is good.
             return AMQPChannelError("messages were rejected: the queue is full, or has lost most of its nodes")
         return None
 
@@ -275,57 +269,71 @@ class Producer:
         self.returned[properties.message_id] += 1
 
     def open(self) -> None:
-        """Declare what is needed, and connect for publishing.
+        """Connect, and declare what is needed.
 
-        BlockingConnection could have one message at a time confirmed, which is a fifteenth of the speed; a transaction
-        commits what a full queue rejected, see https://github.com/rabbitmq/rabbitmq-server/issues/8966.
+        Not a BlockingConnection, which waits for each confirmation, at a fifteenth of the speed; nor a transaction,
+        which commits what a full queue rejected, see https://github.com/rabbitmq/rabbitmq-server/issues/8966.
         """
         options = self.options
-        with connect(options) as blocking:
-            if options.exchange:
-                declare_exchange(blocking.channel(), options)
-            else:
-                declare_queue(blocking, options.queue)
         self.unconfirmed: dict[int, int] = {}  # number of the message, by delivery tag
         self.delivery_tags = itertools.count(1)
-        self.returned: Counter[str] = Counter()  # message ids
         self.close_reasons: list[BaseException] = []
         self.ioloop = IOLoop()
         self.ioloop.activate_poller()
-        done: list[Any] = []
-        pika.SelectConnection.create_connection(options.url, on_done=done.append, custom_ioloop=self.ioloop)
-        self.serve_until(lambda: done)
-        if not isinstance(done[0], pika.SelectConnection):
-            raise AMQPConnectionError(done[0].exceptions[-1])
-        self.connection = connection = done[0]
-        connection.add_on_close_callback(lambda connection, reason: self.close_reasons.append(reason))
+        create = pika.SelectConnection.create_connection
+        connection = self.call(create, "on_done", connection_configs=options.url, custom_ioloop=self.ioloop)
+        if not isinstance(connection, pika.SelectConnection):  # but an AMQPConnectionWorkflowFailed
+            raise connection.exceptions[-1]
+        self.connection = connection
         connection.add_on_connection_blocked_callback(
             lambda connection, frame: log.warning("the broker blocks publishers: %s", frame.method.reason)
         )
-        self.channel = connection.channel(on_open_callback=done.append)
-        self.channel.add_on_close_callback(lambda channel, reason: self.close_reasons.append(reason))
+        self.open_channel(connection)
+        if options.exchange:
+            # A passive declaration ignores the type.
+            exchange = {"exchange": options.exchange, "exchange_type": options.type or "direct", "durable": True}
+            self.call(self.channel.exchange_declare, passive=not options.type, **exchange)
+        try:
+            for declaration in queue_declarations(options.queue):
+                self.call(self.channel.queue_declare, **declaration)
+        except ChannelClosedByBroker as error:
+            use_as_it_is(error)
+            self.open_channel(connection)
         self.channel.add_on_return_callback(self.on_return)
-        self.serve_until(lambda: done[1:])
-        self.channel.confirm_delivery(ack_nack_callback=self.on_confirm, callback=done.append)
-        self.serve_until(lambda: done[2:])
+        self.call(self.channel.confirm_delivery, ack_nack_callback=self.on_confirm)
+
+    def open_channel(self, connection: pika.SelectConnection) -> None:
+        self.channel = connection.channel()
+        # This is called when the connection is lost, too.
+        self.channel.add_on_close_callback(lambda channel, reason: self.close_reasons.append(reason))
+        self.serve_until(lambda: self.channel.is_open)
+
+    def call(self, method: Callable[..., Any], callback: str = "callback", **arguments: Any) -> Any:
+        """What the broker answers to a method of the connection or the channel."""
+        answers: list[Any] = []
+        method(**arguments, **{callback: answers.append})
+        self.serve_until(lambda: answers)
+        return answers[0]
 
     def serve_until(self, condition: Callable[[], object]) -> None:
-        """Serve the connection once, and until the condition is true; raises what closed it."""
-        self.ioloop.call_later(0, lambda: None)  # so that the first poll does not block
+        """Serve the connection, at least once, until the condition is true; raises what closed it."""
+        overdue = time.monotonic() + 10
         while True:
             self.ioloop.poll()
             self.ioloop.process_timeouts()
             if self.close_reasons:
-                raise self.close_reasons[0]
+                raise self.close_reasons.pop()
             if condition():
                 return
+            if self.connection and time.monotonic() > overdue:
+                log.warning("no answer for 10 s: is the broker, and are most of the nodes that have the queue, well?")
+                overdue = float("inf")
 
     def close(self) -> None:
-        """Take leave of the broker, in 5 s at most."""
+        """Close the connection; wait for the broker's answer, 10 s at most."""
         if self.connection and self.connection.is_open:
             self.connection.close()
             deadline = time.monotonic() + 5
-            self.ioloop.call_later(5, lambda: None)
             while not self.connection.is_closed and time.monotonic() < deadline:
                 self.ioloop.poll()
                 self.ioloop.process_timeouts()
@@ -374,8 +382,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common_options()
     parser.add_argument("-r", "--routing-key", type=short_string, help="what the exchange routes by; default: empty")
     parser.add_argument("--content-type", type=short_string, default="text/plain", help="default: %(default)s")
-    parser.add_argument("messages", nargs="*", metavar="MESSAGE", help="or - for the lines of standard input")
-    options = parser.parse_intermixed_args(argv)
+    message = "or - for the lines of standard input; -- goes before those that start with a dash"
+    parser.add_argument("messages", nargs="*", metavar="MESSAGE", help=message)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options = parser.parse_intermixed_args(arguments[:end])  # which does not know --
+    options.messages += arguments[end + 1 :]
     for mistake, made in {
         "--connect-timeout: at least 0": not options.connect_timeout >= 0,
         "a queue or an exchange has no empty name": "" in (options.queue, options.exchange),
@@ -386,6 +398,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     }.items():
         if made:
             parser.error(mistake)
+    for broker in options.url:
+        broker.stack_timeout = min(max(options.connect_timeout, 1), broker.stack_timeout)  # of one try
     if not options.exchange:
         options.queue = options.routing_key = options.queue or QUEUE
     options.header = dict(options.header) or None
@@ -406,7 +420,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         status, reason = 130, "interrupted"
     except Stop as stop:
-        reason = str(stop)
+        status, reason = 1, str(stop)
     safe, unroutable = producer.safe, producer.unroutable
     if unroutable:
         log.error("error: %d of %d messages were unroutable: no queue is bound for them", unroutable, safe)
@@ -414,8 +428,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason:
         resume = f", resume with: tail -n +{safe + 1}" if options.messages == ["-"] else ""
         log.error("error: %s; %d messages are safe%s", reason, safe, resume)
-        return status or 1
-    if not unroutable:
+    elif not unroutable:
         log.info("%d message%s published", safe, "s" * (safe != 1))
     return status
 

@@ -378,6 +378,16 @@ def test_the_second_url_serves_when_the_first_does_not(broker: Broker, run: Run,
     assert consumer.bodies == [b"one"]
 
 
+def test_a_host_whose_name_does_not_resolve_does_not_hide_the_others(broker: Broker, run: Run, queue: str) -> None:
+    urls = f"amqp://no-such-host.invalid/,{broker.url}"
+
+    producer = run("producer", "-q", queue, "--connect-timeout", "20", "one", url=urls)
+    consumer = run("consumer", "-q", queue, "--connect-timeout", "20", "--drain", url=urls)
+
+    assert consumer.bodies == [b"one"]
+    assert [script.stderr.count("next try") for script in (producer, consumer)] == [1, 1]
+
+
 def test_standard_input_that_is_closed_is_bad_usage(fails: Fails, queue: str) -> None:
     close = functools.partial(os.close, 0)
 
@@ -480,7 +490,7 @@ def test_a_queue_with_other_settings_is_used_as_it_is(
     producer = run("producer", "-q", queue, "one", "two")
     consumer = run("consumer", "-q", queue, "--drain")
 
-    warning = rf"warning: queue {queue} is used as it is: .*inequivalent arg '.*({difference}).*"
+    warning = rf"warning: the queue is used as it is: .*inequivalent arg '.*({difference}).* for queue '{queue}' .*"
     assert re.fullmatch(rf"producer.py: {warning}\nproducer.py: 2 messages published\n", producer.stderr)
     assert re.fullmatch(rf"consumer.py: {warning}\n", consumer.stderr)
     assert consumer.bodies == [b"one", b"two"]

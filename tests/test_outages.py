@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import Any, Iterator
 
+import pika
 import pytest
 
+import producer
 from broker import Broker, eventually, free_ports
 from cluster import Cluster, cluster_for
 from conftest import Run, Script, Start
@@ -329,6 +331,36 @@ def test_what_a_killed_producer_published_has_no_gap(start: Start, run: Run, que
         numbers = stream.handled.numbers + [int(body) for body in run("consumer", "-q", queue, "--drain").bodies]
         assert sorted(numbers) == list(range(1, len(numbers) + 1))
         assert len(numbers) <= stream.sent
+
+
+class Breaking(producer.Producer):
+    """Loses its connection, and the broker for good, with the first confirmation."""
+
+    def on_confirm(self, frame: Any) -> None:
+        super().on_confirm(frame)
+        self.options.url = producer.broker_urls("amqp://127.0.0.1:1")
+        self.close_reasons.append(pika.exceptions.StreamLostError("with it"))
+
+
+def test_what_was_confirmed_before_the_connection_broke_needs_no_other(broker: Broker, queue: str) -> None:
+    sender = Breaking(producer.parse(["--url", broker.url, "-q", queue, "--connect-timeout", "0"]))
+
+    assert sender.publish([sender.message(b"one")]) == 0
+
+    assert sender.safe == 1
+
+
+def test_what_was_given_up_is_not_safe_after_the_next_call(broker: Broker, queue: str) -> None:
+    sender = producer.Producer(producer.parse(["--url", "amqp://127.0.0.1:1", "-q", queue, "--connect-timeout", "0"]))
+    with pytest.raises(producer.Stop):
+        sender.publish([sender.message(b"one"), sender.message(b"two")])
+
+    sender.options.url = producer.broker_urls(broker.url)
+
+    assert (sender.publish([]), sender.safe) == (0, 0)
+    sender.publish([sender.message(b"one")])
+    assert sender.safe == 1
+    sender.close()
 
 
 def test_a_producer_that_gave_up_says_where_to_resume(

@@ -29,7 +29,8 @@ def test_hello_world_goes_from_the_producer_to_the_consumer(run: Run, queue: str
 def test_each_argument_is_a_message(run: Run, queue: str) -> None:
     run("producer", "one", "-q", queue, "two", "", "--", "-v", "\udcff\udcfe")
 
-    assert run("consumer", "-q", queue, "--drain").bodies == [b"one", b"two", b"", b"-v", b"\xff\xfe"]
+    run("producer", "-q", queue, "--", "-q", "--")
+    assert run("consumer", "-q", queue, "--drain").bodies == [b"one", b"two", b"", b"-v", b"\xff\xfe", b"-q", b"--"]
 
 
 LINES = {

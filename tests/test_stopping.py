@@ -221,7 +221,8 @@ def test_a_producer_that_the_broker_does_not_answer_stops_and_says_what_is_safe(
 
     trouble()
     producer.write(numbers(100))
-    time.sleep(1)  # that the producer waits for the broker shows nowhere
+    waits = "blocks publishers", "no answer for 10 s"
+    eventually(lambda: any(wait in producer.stderr for wait in waits), what="the producer waits for the broker")
 
     assert stop(producer, number) == 130
     assert 2 <= safe(producer) < 102
