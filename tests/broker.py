@@ -51,6 +51,14 @@ def run(command: Sequence[str], **options: Any) -> str:
     return str(done.stdout)
 
 
+def peak_memory(pid: int) -> int:
+    """The most kB of memory that a process, which still runs, has had.
+
+    Not the ru_maxrss of wait4(), which is at least that of the process that started it. Linux only.
+    """
+    return int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0])
+
+
 class Broker:
     """A broker at a URL, which may belong to somebody else: nothing here stops or changes it."""
 

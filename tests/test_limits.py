@@ -15,8 +15,8 @@ from urllib.parse import quote, urlsplit
 import pytest
 import trustme
 
-from broker import Broker, eventually
-from conftest import Run, Script, Start
+from broker import Broker, eventually, peak_memory
+from conftest import Run, Start
 
 LARGEST = 1_000_000  # bytes; what the broker is told to take
 
@@ -59,12 +59,6 @@ def test_a_message_of_many_frames_comes_back(run: Run, queue: str, broker: Broke
     assert run("consumer", "-q", queue, "--drain").stdout == lines
 
 
-def peak_memory(script: Script) -> int:
-    """The most kB that a script, which still runs, has had in memory."""
-    status = Path(f"/proc/{script.process.pid}/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0])
-
-
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_memory_does_not_grow_with_the_input(start: Start, queue: str, broker: Broker) -> None:
@@ -75,7 +69,7 @@ def test_memory_does_not_grow_with_the_input(start: Start, queue: str, broker: B
         eventually(lambda count=count: broker.depth(queue) == count)  # type: ignore[misc]
         consumer = start("consumer", "-q", queue, "--prefetch", "300")
         eventually(lambda consumer=consumer, count=count: consumer.stdout.count(b"\n") == count)  # type: ignore[misc]
-        peaks.append((peak_memory(producer), peak_memory(consumer)))
+        peaks.append(tuple(peak_memory(script.process.pid) for script in (producer, consumer)))
         assert producer.end() == 0
         assert consumer.terminate() == 0
 
