@@ -202,6 +202,7 @@ class Consumer:
         self.delays = backoff(options.connect_timeout)
         self.handled: deque[tuple[str | None, int]] = deque(maxlen=options.prefetch)  # message ids and hashes, the last
         self.worker = ThreadPoolExecutor(max_workers=1)
+        self.prefetch = 0  # how many messages the broker may send ahead; 0 while it is to send none
         self.consuming = self.stopping = False
         self.reason = ""  # why `handle` stopped the program
 
@@ -258,30 +259,30 @@ class Consumer:
         """Have messages handled until told to stop, then give back the others."""
         waiting: deque[Delivery] = deque()  # for the worker
         outcomes: deque[Outcome] = deque()  # of its work
-        channel.basic_qos(prefetch_count=max(1, min(self.options.prefetch, self.remaining)))
         bound_at = -math.inf
+        self.prefetch = 0
         self.consuming = True
         try:
             while True:
                 if time.monotonic() - bound_at > 10:
                     self.bind(channel)  # again and again, because the broker does not tell when an exchange is deleted
                     bound_at = time.monotonic()
+                if not self.prefetch and not waiting:
+                    self.prefetch = min(self.options.prefetch, self.remaining)
+                    channel.basic_qos(prefetch_count=self.prefetch)
                 waiting.extend(self.receive(channel, timeout=0 if waiting else 0.2))
                 idle = not waiting
                 job = self.worker.submit(self.work, waiting, outcomes)
                 while wait([job], timeout=0.1).not_done:
                     waiting.extend(self.receive(channel, timeout=0))
-                    self.settle(channel, outcomes)
+                    self.settle(channel, waiting, outcomes)
                 job.result()  # raises what `work` does not contain
                 if self.stopping or not self.remaining or (idle and not waiting and self.is_drained(channel)):
                     break
-                self.settle(channel, outcomes)
+                self.settle(channel, waiting, outcomes)
                 self.delays = backoff(self.options.connect_timeout)  # all is well
-            # Receive what is on its way: pika rejects what arrives during a cancel, and that counts as a failure.
-            while self.receive(channel, timeout=0.05):
-                pass
-            channel.cancel()
-            self.settle(channel, outcomes)
+            self.cancel(channel, waiting)
+            self.settle(channel, waiting, outcomes)
             channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)
         finally:
             self.consuming = False
@@ -290,12 +291,24 @@ class Consumer:
     def receive(self, channel: BlockingChannel, timeout: float) -> list[Delivery]:
         """Serve the connection until messages arrive, for `timeout` seconds at most, and return them."""
         messages: list[Delivery] = []
+        if not self.prefetch:
+            channel.connection.process_data_events(time_limit=timeout)
+            return messages
         for method, properties, body in channel.consume(queue=self.queue, inactivity_timeout=timeout):
             if method and properties and body is not None:  # otherwise, the time is over
                 messages.append((method, properties, body))
             if not channel.get_waiting_message_count():
                 return messages
         raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
+
+    def cancel(self, channel: BlockingChannel, waiting: deque[Delivery]) -> None:
+        """The broker sends no more."""
+        if self.prefetch:
+            # Receive what is on its way: pika rejects what arrives during a cancel, and that counts as a failure.
+            for messages in iter(lambda: self.receive(channel, timeout=0.05), []):
+                waiting.extend(messages)
+            channel.cancel()
+            self.prefetch = 0
 
     def is_drained(self, channel: BlockingChannel) -> bool:
         """The queue was to be emptied, and is. Asks twice, because the first answer can overtake messages."""
@@ -314,25 +327,27 @@ class Consumer:
             if method.redelivered and properties.message_id and identity in self.handled:
                 outcomes.append((method, True))  # only the acknowledgement was lost
                 continue
+            success = True
             try:
                 handle(method, properties, body)
                 write()  # what a `handle` prints has to be out before the message is acknowledged
+                self.handled.append(identity)
             except Stop as stop:
                 self.reason, self.stopping = str(stop), True
                 return
             except Exception as error:
+                success = False
                 log.error("error: message %s failed: %r", properties.message_id, error)
                 log.debug("", exc_info=error)
-                outcomes.append((method, False))
                 if method.redelivered and "x-delivery-count" not in (properties.headers or {}):
                     time.sleep(1)  # a classic queue has neither limit nor delay
-            else:
-                outcomes.append((method, True))
-                self.handled.append(identity)
-            self.remaining -= 1
+            self.remaining -= 1  # before `settle` looks at it
+            outcomes.append((method, success))
 
-    def settle(self, channel: BlockingChannel, outcomes: deque[Outcome]) -> None:
+    def settle(self, channel: BlockingChannel, waiting: deque[Delivery], outcomes: deque[Outcome]) -> None:
         """Acknowledge what was handled, all with one frame; reject what failed."""
+        if outcomes and self.remaining < self.prefetch:
+            self.cancel(channel, waiting)  # because for each message settled, the broker sends another
         handled = 0
         while outcomes:
             method, success = outcomes.popleft()

@@ -227,14 +227,17 @@ def test_messages_are_stored_until_a_consumer_comes(run: Run, queue: str, depth:
     assert depth(queue) == 0
 
 
-def test_count_takes_no_more_from_the_queue(run: Run, queue: str, depth: Depth) -> None:
-    run("producer", "-q", queue, *"12345")
+@pytest.mark.parametrize(("count", "prefetch"), [(2, 10), (5, 3), (5, 1)])
+def test_count_takes_no_more_from_the_queue(run: Run, queue: str, depth: Depth, count: int, prefetch: int) -> None:
+    run("producer", "-q", queue, *"12345678")
+    # So slow that those before it are acknowledged while it works, and the broker could send others.
+    slow = "import time\ndef handle(method, properties, body): time.sleep(0.3); print(body.decode())\n"
 
-    consumer = run("consumer", "-q", queue, "--count", "2")
+    consumer = run("consumer", "-q", queue, "--count", str(count), "--prefetch", str(prefetch), handle=slow)
 
-    assert consumer.bodies == [b"1", b"2"]
-    assert eventually(lambda: depth(queue) == 3)
-    assert run("consumer", "-q", queue, "--drain", "-v").stderr.count("redelivered False") == 3
+    assert consumer.bodies == [b"%d" % number for number in range(1, count + 1)]
+    assert eventually(lambda: depth(queue) == 8 - count)
+    assert run("consumer", "-q", queue, "--drain", "-v").stderr.count("redelivered False") == 8 - count
 
 
 def test_count_waits_for_messages_that_are_still_to_come(
