@@ -202,7 +202,6 @@ class Consumer:
         self.delays = backoff(options.connect_timeout)
         self.handled: deque[tuple[str | None, int]] = deque(maxlen=options.prefetch)  # message ids and hashes, the last
         self.worker = ThreadPoolExecutor(max_workers=1)
-        self.prefetch = 0  # how many messages the broker may send ahead; 0 while it is to send none
         self.consuming = self.stopping = False
         self.reason = ""  # why `handle` stopped the program
 
@@ -260,16 +259,16 @@ class Consumer:
         waiting: deque[Delivery] = deque()  # for the worker
         outcomes: deque[Outcome] = deque()  # of its work
         bound_at = -math.inf
-        self.prefetch = 0
+        self.prefetch_count = 0  # messages that the broker may send ahead; 0 while it is to send none
         self.consuming = True
         try:
             while True:
                 if time.monotonic() - bound_at > 10:
                     self.bind(channel)  # again and again, because the broker does not tell when an exchange is deleted
                     bound_at = time.monotonic()
-                if not self.prefetch and not waiting:
-                    self.prefetch = min(self.options.prefetch, self.remaining)
-                    channel.basic_qos(prefetch_count=self.prefetch)
+                if not self.prefetch_count and not waiting:
+                    self.prefetch_count = min(self.options.prefetch, self.remaining)
+                    channel.basic_qos(prefetch_count=self.prefetch_count)
                 waiting.extend(self.receive(channel, timeout=0 if waiting else 0.2))
                 idle = not waiting
                 job = self.worker.submit(self.work, waiting, outcomes)
@@ -291,7 +290,7 @@ class Consumer:
     def receive(self, channel: BlockingChannel, timeout: float) -> list[Delivery]:
         """Serve the connection until messages arrive, for `timeout` seconds at most, and return them."""
         messages: list[Delivery] = []
-        if not self.prefetch:
+        if not self.prefetch_count:  # nothing can arrive, but there are heartbeats
             channel.connection.process_data_events(time_limit=timeout)
             return messages
         for method, properties, body in channel.consume(queue=self.queue, inactivity_timeout=timeout):
@@ -302,13 +301,13 @@ class Consumer:
         raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
 
     def cancel(self, channel: BlockingChannel, waiting: deque[Delivery]) -> None:
-        """The broker sends no more."""
-        if self.prefetch:
+        """Have the broker send no more."""
+        if self.prefetch_count:
             # Receive what is on its way: pika rejects what arrives during a cancel, and that counts as a failure.
             for messages in iter(lambda: self.receive(channel, timeout=0.05), []):
                 waiting.extend(messages)
             channel.cancel()
-            self.prefetch = 0
+            self.prefetch_count = 0
 
     def is_drained(self, channel: BlockingChannel) -> bool:
         """The queue was to be emptied, and is. Asks twice, because the first answer can overtake messages."""
@@ -346,8 +345,8 @@ class Consumer:
 
     def settle(self, channel: BlockingChannel, waiting: deque[Delivery], outcomes: deque[Outcome]) -> None:
         """Acknowledge what was handled, all with one frame; reject what failed."""
-        if outcomes and self.remaining < self.prefetch:
-            self.cancel(channel, waiting)  # because for each message settled, the broker sends another
+        if outcomes and self.remaining < self.prefetch_count:
+            self.cancel(channel, waiting)  # because the broker sends a message for each that is settled
         handled = 0
         while outcomes:
             method, success = outcomes.popleft()
