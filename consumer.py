@@ -24,10 +24,11 @@ import re
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, Iterator, NoReturn, Sequence, Tuple
+from queue import SimpleQueue
+from typing import Any, Deque, Iterator, NoReturn, Sequence, Tuple
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
@@ -50,6 +51,7 @@ QUEUE_ARGUMENTS = {
 }
 Delivery = Tuple[pika.spec.Basic.Deliver, pika.BasicProperties, bytes]
 Outcome = Tuple[pika.spec.Basic.Deliver, bool]  # handled, or failed
+Job = Tuple[Deque[Delivery], Deque[Outcome], threading.Semaphore]  # what waits, what came of it, that it is done
 
 
 def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
@@ -201,9 +203,9 @@ class Consumer:
         self.remaining = options.count or sys.maxsize  # messages still to be handled
         self.delays = backoff(options.connect_timeout)
         self.handled: deque[tuple[str | None, int]] = deque(maxlen=options.prefetch)  # message ids and hashes, the last
-        self.worker = ThreadPoolExecutor(max_workers=1)
+        self.jobs: SimpleQueue[Job | None] = SimpleQueue()  # None ends the worker
         self.consuming = self.stopping = False
-        self.reason = ""  # why `handle` stopped the program
+        self.error: BaseException | None = None  # what `handle` ended the program with
 
     def stop(self, *_signal: Any) -> None:
         """Stop after the message in hand; the second time, at once."""
@@ -215,14 +217,20 @@ class Consumer:
 
     def run(self) -> None:
         """Consume until told to stop; raises Stop if the broker refuses, or is away for `connect_timeout`."""
-        while self.remaining and not self.stopping:
-            try:
-                with pika.BlockingConnection(self.options.url) as connection:
-                    self.consume(self.declare(connection))
-                    return
-            except CONNECTION_ERRORS as error:
-                if not self.stopping:
-                    pause(error, self.delays, self.options)
+        threading.Thread(target=self.work).start()
+        try:
+            while self.remaining and not self.stopping:
+                try:
+                    with pika.BlockingConnection(self.options.url) as connection:
+                        self.consume(self.declare(connection))
+                        break
+                except CONNECTION_ERRORS as error:
+                    if not self.stopping:
+                        pause(error, self.delays, self.options)
+        finally:
+            self.jobs.put(None)
+        if self.error:
+            raise self.error
 
     def declare(self, connection: pika.BlockingConnection) -> BlockingChannel:
         """The queue exists. Returns an open channel."""
@@ -258,6 +266,7 @@ class Consumer:
         """Have messages handled until told to stop, then give back the others."""
         waiting: deque[Delivery] = deque()  # for the worker
         outcomes: deque[Outcome] = deque()  # of its work
+        done = threading.Semaphore(0)
         bound_at = -math.inf
         self.prefetch_count = 0  # messages that the broker may send ahead; 0 while it is to send none
         self.consuming = True
@@ -271,11 +280,10 @@ class Consumer:
                     channel.basic_qos(prefetch_count=self.prefetch_count)
                 waiting.extend(self.receive(channel, timeout=0 if waiting else 0.2))
                 idle = not waiting
-                job = self.worker.submit(self.work, waiting, outcomes)
-                while wait([job], timeout=0.1).not_done:
+                self.jobs.put((waiting, outcomes, done))
+                while not done.acquire(timeout=0.1):
                     waiting.extend(self.receive(channel, timeout=0))
                     self.settle(channel, waiting, outcomes)
-                job.result()  # raises what `work` does not contain
                 if self.stopping or not self.remaining or (idle and not waiting and self.is_drained(channel)):
                     break
                 self.settle(channel, waiting, outcomes)
@@ -316,32 +324,40 @@ class Consumer:
         ready = [channel.queue_declare(queue=self.queue, passive=True).method.message_count for _ in range(2)]
         return not any(ready) and not channel.get_waiting_message_count()
 
-    def work(self, waiting: deque[Delivery], outcomes: deque[Outcome]) -> None:
-        """Handle what is waiting, as long as there is something. Runs in the worker's thread."""
-        while waiting and self.remaining and not self.stopping:
-            method, properties, body = waiting.popleft()
-            place = (method.exchange, method.routing_key, properties.headers, properties.message_id, method.redelivered)
-            log.debug("exchange %r, routing key %r, headers %s, message id %s, redelivered %s", *place)
-            identity = (properties.message_id, hash(body))
-            if method.redelivered and properties.message_id and identity in self.handled:
-                outcomes.append((method, True))  # only the acknowledgement was lost
-                continue
-            success = True
-            try:
-                handle(method, properties, body)
-                write()  # what a `handle` prints has to be out before the message is acknowledged
-                self.handled.append(identity)
-            except Stop as stop:
-                self.reason, self.stopping = str(stop), True
-                return
-            except Exception as error:
-                success = False
-                log.error("error: message %s failed: %r", properties.message_id, error)
-                log.debug("", exc_info=error)
-                if method.redelivered and "x-delivery-count" not in (properties.headers or {}):
-                    time.sleep(1)  # a classic queue has neither limit nor delay
-            self.remaining -= 1  # before `settle` looks at it
-            outcomes.append((method, success))
+    def work(self) -> None:
+        """Handle what is waiting, as long as there is something. Runs in a thread of its own, the worker."""
+        for waiting, outcomes, done in iter(self.jobs.get, None):
+            while self.remaining and not self.stopping:
+                try:
+                    outcomes.append(self.attempt(*waiting.popleft()))
+                except IndexError:
+                    break  # none is waiting
+                except BaseException as error:  # Stop, SystemExit, KeyboardInterrupt
+                    self.error, self.stopping = error, True
+            done.release()
+
+    def attempt(self, method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> Outcome:
+        """Have one message handled; raises only what is to end the program."""
+        place = (method.exchange, method.routing_key, properties.headers, properties.message_id, method.redelivered)
+        log.debug("exchange %r, routing key %r, headers %s, message id %s, redelivered %s", *place)
+        identity = (properties.message_id, hash(body))
+        if method.redelivered and properties.message_id and identity in self.handled:
+            return method, True  # only the acknowledgement was lost
+        success = True
+        try:
+            handle(method, properties, body)
+            write()  # what a `handle` prints has to be out before the message is acknowledged
+            self.handled.append(identity)
+        except Stop:
+            raise
+        except Exception as error:
+            success = False
+            log.error("error: message %s failed: %r", properties.message_id, error)
+            log.debug("", exc_info=error)
+            if method.redelivered and "x-delivery-count" not in (properties.headers or {}):
+                time.sleep(1)  # a classic queue has neither limit nor delay
+        self.remaining -= 1  # before `settle` looks at it
+        return method, success
 
     def settle(self, channel: BlockingChannel, waiting: deque[Delivery], outcomes: deque[Outcome]) -> None:
         """Acknowledge what was handled, all with one frame; reject what failed."""
@@ -400,10 +416,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         pass  # told to stop while it had no connection
     except Stop as stop:
-        consumer.reason = str(stop)
-    if consumer.reason:
-        log.error("error: %s", consumer.reason)
-        return 1
+        if str(stop):
+            log.error("error: %s", stop)
+            return 1
     return 0
 
 
