@@ -135,18 +135,18 @@ def test_what_the_handler_fails_on_at_first_is_handled_in_the_end(
     assert broker.depth(queue) == broker.depth(f"{queue}.dead") == 0
 
 
-def test_a_handler_that_exits_loses_no_message(start: Start, run: Run, queue: str) -> None:
+def test_a_handler_that_exits_ends_the_program_as_it_says_and_leaves_the_rest_in_the_queue(
+    start: Start, run: Run, queue: str
+) -> None:
     run("producer", "-q", queue, "one", "two", "three")
     handle = "def handle(method, properties, body):\n    if body == b'two': sys.exit('enough')\n    os.write(1, body)"
 
     consumer = start("consumer", "-q", queue, handle=handle)
-    eventually(lambda: consumer.process.poll() is not None or b"three" in consumer.stdout)
-    if consumer.process.poll() is None:
-        consumer.terminate()
 
-    assert consumer.stderr
-    rest = start("consumer", "-q", queue)
-    eventually(lambda: b"two" in rest.bodies, timeout=20)
+    assert consumer.end() == 1
+    assert (consumer.stdout, consumer.stderr) == (b"one", "enough\n")
+    rest = run("consumer", "-q", queue, "--drain")
+    assert sorted(rest.bodies) == [b"three", b"two"]
 
 
 @pytest.mark.long
