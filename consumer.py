@@ -217,8 +217,8 @@ class Consumer:
 
     def run(self) -> None:
         """Consume until told to stop; raises Stop if the broker refuses, or is away for `connect_timeout`."""
-        threading.Thread(target=self.work).start()
         try:
+            threading.Thread(target=self.work).start()
             while self.remaining and not self.stopping:
                 try:
                     with pika.BlockingConnection(self.options.url) as connection:
