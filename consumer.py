@@ -66,7 +66,7 @@ FINAL = {  # errors that would be the same the next time, with what to do about 
     "FAILED - consumer ack timed out": "",  # the same, from later versions
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
-    "NOT_FOUND": "-t TYPE declares an exchange",
+    "NOT_FOUND - no exchange": "-t TYPE declares it",
     "inequivalent arg": "without -t, the exchange is used as it is",
     "PRECONDITION_FAILED": "the message, or the settings of what has this name, do not fit",
     "RESOURCE_LOCKED": "it belongs to another connection",
@@ -326,8 +326,9 @@ class Consumer:
 
     def work(self) -> None:
         """Handle what is waiting, as long as there is something. Runs in a thread of its own, the worker."""
+        half = (self.options.prefetch + 1) // 2  # is to be acknowledged while the broker sends the other
         for waiting, outcomes, done in iter(self.jobs.get, None):
-            while self.remaining and not self.stopping:
+            while self.remaining and not self.stopping and len(outcomes) < half:
                 try:
                     outcomes.append(self.attempt(*waiting.popleft()))
                 except IndexError:

@@ -57,7 +57,7 @@ FINAL = {  # errors that would be the same the next time, with what to do about 
     "FAILED - consumer ack timed out": "",  # the same, from later versions
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
-    "NOT_FOUND": "-t TYPE declares an exchange",
+    "NOT_FOUND - no exchange": "-t TYPE declares it",
     "inequivalent arg": "without -t, the exchange is used as it is",
     "PRECONDITION_FAILED": "the message, or the settings of what has this name, do not fit",
     "RESOURCE_LOCKED": "it belongs to another connection",

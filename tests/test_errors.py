@@ -260,7 +260,7 @@ def test_a_missing_permission_is_refused_at_once(broker: Any, fails: Fails, queu
 def test_an_exchange_that_does_not_exist_is_refused_at_once(
     fails: Fails, exchange: str, arguments: Sequence[str]
 ) -> None:
-    fails("-e", exchange, *arguments, says=f"no exchange '{exchange}' in vhost .*; -t TYPE declares an exchange")
+    fails("-e", exchange, *arguments, says=f"no exchange '{exchange}' in vhost .*; -t TYPE declares it")
 
 
 EXCHANGES: dict[str, tuple[dict[str, Any], str]] = {

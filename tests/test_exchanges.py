@@ -310,7 +310,7 @@ def test_a_queue_of_the_same_name_in_another_virtual_host_is_another_queue(
 def test_an_exchange_that_is_missing_is_an_error(run: Run, exchange: str, name: str) -> None:
     (line,) = run(name, "-e", exchange, code=1).stderr.splitlines()
 
-    assert f"no exchange '{exchange}' in vhost '/'; -t TYPE declares an exchange" in line
+    assert f"no exchange '{exchange}' in vhost '/'; -t TYPE declares it" in line
 
 
 @pytest.mark.parametrize("name", ["producer", "consumer"])
@@ -372,7 +372,7 @@ def test_an_exchange_that_is_deleted_is_declared_again_if_its_type_is_known_and_
     probe.until_bound({"": consumers[0]}, mark=b"bound again?")
     assert (consumers[0].terminate(), consumers[0].stderr) == (0, "")
     assert consumers[1].end() == 1
-    assert f"no exchange '{untyped}' in vhost '/'; -t TYPE declares an exchange" in consumers[1].stderr
+    assert f"no exchange '{untyped}' in vhost '/'; -t TYPE declares it" in consumers[1].stderr
 
 
 def test_verbose_shows_where_a_message_comes_from(

@@ -86,7 +86,10 @@ class Stream:
 
     def flow(self, more: int) -> None:
         """Return when that many more messages have been handled."""
-        self.handled.until(self.handled.count + more)
+        try:
+            self.handled.until(self.handled.count + more)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.producer.stderr}\n{self.consumer.stderr}") from None
 
     def end(self) -> None:
         self.ended.set()
