@@ -51,7 +51,7 @@ QUEUE_ARGUMENTS = {
 }
 Delivery = Tuple[pika.spec.Basic.Deliver, pika.BasicProperties, bytes]
 Outcome = Tuple[pika.spec.Basic.Deliver, bool]  # handled, or failed
-Job = Tuple[Deque[Delivery], Deque[Outcome], threading.Semaphore]  # what waits, what came of it, that it is done
+Job = Tuple[Deque[Delivery], Deque[Outcome], threading.Lock]  # what waits, what came of it, that it is done
 
 
 def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
@@ -266,7 +266,8 @@ class Consumer:
         """Have messages handled until told to stop, then give back the others."""
         waiting: deque[Delivery] = deque()  # for the worker
         outcomes: deque[Outcome] = deque()  # of its work
-        done = threading.Semaphore(0)
+        done = threading.Lock()
+        done.acquire()  # until the worker releases it
         bound_at = -math.inf
         self.prefetch_count = 0  # messages that the broker may send ahead; 0 while it is to send none
         self.consuming = True
