@@ -279,11 +279,11 @@ class Consumer:
                 if not self.prefetch_count and not waiting:
                     self.prefetch_count = min(self.options.prefetch, self.remaining)
                     channel.basic_qos(prefetch_count=self.prefetch_count)
-                waiting.extend(self.receive(channel, timeout=0 if waiting else 0.2))
+                self.receive(channel, waiting, timeout=0 if waiting else 0.2)
                 idle = not waiting
                 self.jobs.put((waiting, outcomes, done))
                 while not done.acquire(timeout=0.1):
-                    waiting.extend(self.receive(channel, timeout=0))
+                    self.receive(channel, waiting, timeout=0)
                     self.settle(channel, waiting, outcomes)
                 if self.stopping or not self.remaining or (idle and not waiting and self.is_drained(channel)):
                     break
@@ -296,25 +296,24 @@ class Consumer:
             self.consuming = False
             waiting.clear()  # the broker delivers these again, perhaps to others
 
-    def receive(self, channel: BlockingChannel, timeout: float) -> list[Delivery]:
-        """Serve the connection until messages arrive, for `timeout` seconds at most, and return them."""
-        messages: list[Delivery] = []
+    def receive(self, channel: BlockingChannel, waiting: deque[Delivery], timeout: float) -> bool:
+        """Serve the connection until messages arrive, for `timeout` seconds at most; whether any did."""
         if not self.prefetch_count:  # nothing can arrive, but there are heartbeats
             channel.connection.process_data_events(time_limit=timeout)
-            return messages
+            return False
         for method, properties, body in channel.consume(queue=self.queue, inactivity_timeout=timeout):
             if method and properties and body is not None:  # otherwise, the time is over
-                messages.append((method, properties, body))
+                waiting.append((method, properties, body))
             if not channel.get_waiting_message_count():
-                return messages
+                return bool(method)
         raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
 
     def cancel(self, channel: BlockingChannel, waiting: deque[Delivery]) -> None:
         """Have the broker send no more."""
         if self.prefetch_count:
             # Receive what is on its way: pika rejects what arrives during a cancel, and that counts as a failure.
-            for messages in iter(lambda: self.receive(channel, timeout=0.05), []):
-                waiting.extend(messages)
+            while self.receive(channel, waiting, timeout=0.05):
+                pass
             channel.cancel()
             self.prefetch_count = 0
 

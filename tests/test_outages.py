@@ -65,10 +65,10 @@ class Handled:
 
 
 class Stream:
-    """Numbered lines through a producer and a consumer, some thousand a second, until it is ended."""
+    """Numbered lines through a producer and a consumer, fifty every `pause` seconds, until it is ended."""
 
-    def __init__(self, start: Start, queue: str, url: str = "") -> None:
-        self.start, self.queue, self.url = start, queue, url
+    def __init__(self, start: Start, queue: str, url: str = "", pause: float = 0.01) -> None:
+        self.start, self.queue, self.url, self.pause = start, queue, url, pause
         self.sent = 0
         self.handled = Handled()
         self.consumer = start("consumer", "-q", queue, handle=HANDLE, url=url)
@@ -80,7 +80,7 @@ class Stream:
 
     def feed(self) -> None:
         with contextlib.suppress(BrokenPipeError):
-            while not self.ended.wait(0.01):
+            while not self.ended.wait(self.pause):
                 self.producer.write(lines(self.sent + 1, self.sent + 50))
                 self.sent += 50
 
@@ -477,7 +477,7 @@ def cluster(session_broker: Broker) -> Iterator[Cluster]:
 @pytest.mark.ours
 @pytest.mark.long
 def test_a_cluster_that_loses_a_node_loses_no_message(cluster: Cluster, start: Start, queue: str) -> None:
-    stream = Stream(start, queue, url=cluster.url)
+    stream = Stream(start, queue, url=cluster.url, pause=0.05)  # so that a node that was away can catch up
     stream.flow(2000)
     leader = cluster.leader(queue)
     other = next(node for node in cluster.nodes if node is not leader)
@@ -511,3 +511,21 @@ def test_nothing_counts_as_published_while_the_cluster_has_no_majority(
 
     assert producer.end() == 0
     assert run("consumer", "-q", queue, "--drain", url=cluster.url).bodies == [b"one", b"two"]
+
+
+@pytest.mark.ours
+@pytest.mark.long
+def test_a_queue_whose_only_node_is_down_is_waited_for(cluster: Cluster, start: Start, queue: str) -> None:
+    home = cluster.nodes[1]
+    with home.connect() as connection:
+        connection.channel().queue_declare(queue, durable=True, arguments={"x-queue-type": "classic"})
+    home.stop()
+
+    producer, consumer = (start(name, "-q", queue, url=cluster.url) for name in ("producer", "consumer"))
+    for script in producer, consumer:
+        eventually(lambda script=script: re.search("NOT_FOUND - .*; next try", script.stderr))  # type: ignore[misc]
+    home.start()
+
+    assert producer.end() == 0, producer.stderr
+    eventually(lambda: consumer.bodies == [b"Hello World!"], what=consumer.stderr)
+    assert consumer.terminate() == 0
