@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import logging
 import math
 import os
@@ -301,11 +302,13 @@ class Consumer:
         if not self.prefetch_count:  # nothing can arrive, but there are heartbeats
             channel.connection.process_data_events(time_limit=timeout)
             return False
-        for method, properties, body in channel.consume(queue=self.queue, inactivity_timeout=timeout):
-            if method and properties and body is not None:  # otherwise, the time is over
-                waiting.append((method, properties, body))
-            if not channel.get_waiting_message_count():
-                return bool(method)
+        messages: Iterator[Any] = channel.consume(queue=self.queue, inactivity_timeout=timeout)
+        for message in messages:
+            if message[0] is None:  # the time is over
+                return False
+            waiting.append(message)
+            waiting.extend(itertools.islice(messages, channel.get_waiting_message_count()))
+            return True
         raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
 
     def cancel(self, channel: BlockingChannel, waiting: deque[Delivery]) -> None:
