@@ -51,8 +51,8 @@ QUEUE_ARGUMENTS = {
     "x-overflow": "reject-publish",  # https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
 }
 Delivery = Tuple[pika.spec.Basic.Deliver, pika.BasicProperties, bytes]
-Outcome = Tuple[pika.spec.Basic.Deliver, bool]  # handled, or failed
-Job = Tuple[Deque[Delivery], Deque[Outcome], threading.Lock]  # what waits, what came of it, that it is done
+Outcome = Tuple[pika.spec.Basic.Deliver, bool]  # True: handled, False: failed
+Job = Tuple[Deque[Delivery], Deque[Outcome], threading.Lock]  # what waits, what came of it, released when done
 
 
 def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
@@ -63,8 +63,7 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
 FINAL = {  # errors that would be the same the next time, with what to do about them; the first that fits counts
-    "FAILED - delivery acknowledgement": "",  # the exception: a handler took longer than the broker waits
-    "FAILED - consumer ack timed out": "",  # the same, from later versions
+    "timed out": "",  # not final: a handler took longer than the broker waits
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
     "NOT_FOUND - no exchange": "-t TYPE declares it",
@@ -84,7 +83,7 @@ def queue_declarations(queue: str | None) -> Iterator[dict[str, Any]]:
     """For `queue_declare`: the queue NAME and NAME.dead, if there is a name."""
     if not queue:
         return
-    name = queue[: -len(".dead")] if queue.endswith(".dead") else queue
+    name = queue[: -len(".dead")] if queue[1:].endswith(".dead") else queue
     arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{name}.dead"}
     yield {"queue": name, "durable": True, "arguments": arguments}
     # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
@@ -166,7 +165,7 @@ def common_options() -> Parser:
     add = parser.add_argument
     url = os.environ.get("AMQP_URL") or URL
     add("--url", type=broker_urls, default=url, help="URL[,URL...], tried in order; else AMQP_URL, else localhost")
-    add("-q", "--queue", type=short_string, help=f"default: {QUEUE}")
+    add("-q", "--queue", type=short_string, help=f"default without -e: {QUEUE}")
     add("-e", "--exchange", type=short_string, help="has to exist, unless -t is given")
     add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange, of this type")
     add("-H", "--header", type=header, action="append", default=[], metavar="KEY=VALUE", help="repeatable")
@@ -203,7 +202,7 @@ class Consumer:
         self.queue = options.queue
         self.remaining = options.count or sys.maxsize  # messages still to be handled
         self.delays = backoff(options.connect_timeout)
-        self.handled: deque[tuple[str | None, int]] = deque(maxlen=options.prefetch)  # message ids and hashes, the last
+        self.handled: deque[tuple[Any, ...]] = deque(maxlen=options.prefetch)  # what tells the last messages apart
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()  # None ends the worker
         self.consuming = self.stopping = False
         self.error: BaseException | None = None  # what `handle` ended the program with
@@ -281,15 +280,16 @@ class Consumer:
                     self.prefetch_count = min(self.options.prefetch, self.remaining)
                     channel.basic_qos(prefetch_count=self.prefetch_count)
                 self.receive(channel, waiting, timeout=0 if waiting else 0.2)
-                idle = not waiting
+                self.delays = backoff(self.options.connect_timeout)  # all is well
+                idle = not waiting  # and nothing came
                 self.jobs.put((waiting, outcomes, done))
                 while not done.acquire(timeout=0.1):
                     self.receive(channel, waiting, timeout=0)
                     self.settle(channel, waiting, outcomes)
-                if self.stopping or not self.remaining or (idle and not waiting and self.is_drained(channel)):
+                drained = idle and not (waiting or outcomes) and self.is_drained(channel)
+                if self.stopping or not self.remaining or drained:
                     break
                 self.settle(channel, waiting, outcomes)
-                self.delays = backoff(self.options.connect_timeout)  # all is well
             self.cancel(channel, waiting)
             self.settle(channel, waiting, outcomes)
             channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)
@@ -344,7 +344,7 @@ class Consumer:
         """Have one message handled; raises only what is to end the program."""
         place = (method.exchange, method.routing_key, properties.headers, properties.message_id, method.redelivered)
         log.debug("exchange %r, routing key %r, headers %s, message id %s, redelivered %s", *place)
-        identity = (properties.message_id, hash(body))
+        identity = (properties.message_id, method.routing_key, hash(body))
         if method.redelivered and properties.message_id and identity in self.handled:
             return method, True  # only the acknowledgement was lost
         success = True
@@ -365,15 +365,15 @@ class Consumer:
 
     def settle(self, channel: BlockingChannel, waiting: deque[Delivery], outcomes: deque[Outcome]) -> None:
         """Acknowledge what was handled, all with one frame; reject what failed."""
-        if outcomes and self.remaining < self.prefetch_count:
+        settled = [outcomes.popleft() for _ in range(len(outcomes))]
+        if settled and self.remaining < self.prefetch_count:
             self.cancel(channel, waiting)  # because the broker sends a message for each that is settled
         handled = 0
-        while outcomes:
-            method, success = outcomes.popleft()
+        for method, success in settled:
             if success:
                 handled = method.delivery_tag
             else:
-                # Not basic_nack, which RabbitMQ 4.3 does not count. A private queue counts nothing: drop it there.
+                # Not basic_nack, which RabbitMQ 4.3 does not count. A private queue counts nothing: drop it there, the second time.
                 requeue = bool(self.options.queue) or not method.redelivered
                 channel.basic_reject(delivery_tag=method.delivery_tag, requeue=requeue)
         if handled:

@@ -53,8 +53,7 @@ QUEUE_ARGUMENTS = {
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
 FINAL = {  # errors that would be the same the next time, with what to do about them; the first that fits counts
-    "FAILED - delivery acknowledgement": "",  # the exception: a handler took longer than the broker waits
-    "FAILED - consumer ack timed out": "",  # the same, from later versions
+    "timed out": "",  # not final: a handler took longer than the broker waits
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
     "NOT_FOUND - no exchange": "-t TYPE declares it",
@@ -74,7 +73,7 @@ def queue_declarations(queue: str | None) -> Iterator[dict[str, Any]]:
     """For `queue_declare`: the queue NAME and NAME.dead, if there is a name."""
     if not queue:
         return
-    name = queue[: -len(".dead")] if queue.endswith(".dead") else queue
+    name = queue[: -len(".dead")] if queue[1:].endswith(".dead") else queue
     arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{name}.dead"}
     yield {"queue": name, "durable": True, "arguments": arguments}
     # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
@@ -156,7 +155,7 @@ def common_options() -> Parser:
     add = parser.add_argument
     url = os.environ.get("AMQP_URL") or URL
     add("--url", type=broker_urls, default=url, help="URL[,URL...], tried in order; else AMQP_URL, else localhost")
-    add("-q", "--queue", type=short_string, help=f"default: {QUEUE}")
+    add("-q", "--queue", type=short_string, help=f"default without -e: {QUEUE}")
     add("-e", "--exchange", type=short_string, help="has to exist, unless -t is given")
     add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange, of this type")
     add("-H", "--header", type=header, action="append", default=[], metavar="KEY=VALUE", help="repeatable")
@@ -226,14 +225,14 @@ class Producer:
             if len(self.pending) < before:
                 delays = backoff(self.options.connect_timeout)
             if not failure:
-                size *= 2
+                size *= 2  # again, after a 406
             elif getattr(failure, "reply_code", 0) == 406 and size > 1:
                 size //= 2  # one message is too large: let those before it through
             else:
                 pause(failure, delays, self.options)
 
     def send(self, size: int) -> Exception | None:
-        """Publish as many of the pending messages and wait for the confirmations; the error to report for nacks."""
+        """Publish the first `size` pending messages and wait for the confirmations; the error to report for nacks."""
         if not self.connection:
             self.open()
         self.returned: Counter[str] = Counter()  # message ids

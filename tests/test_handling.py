@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from typing import Callable, Iterator
 
+import pika
 import pytest
 
 from broker import Broker, ContainerBroker, LocalBroker, eventually
@@ -133,6 +134,23 @@ def test_what_the_handler_fails_on_at_first_is_handled_in_the_end(
     assert consumer.terminate() == 0
     assert len(consumer.stderr.splitlines()) == LIMIT
     assert broker.depth(queue) == broker.depth(f"{queue}.dead") == 0
+
+
+def test_a_message_that_comes_again_is_not_taken_for_another_with_the_same_id_and_body(
+    start: Start, run: Run, queue: str, exchange: str, broker: Broker
+) -> None:
+    handle = failing("method.routing_key == 'cancelled' and not method.redelivered")
+    arguments = ["-e", exchange, "-t", "direct", "-r", "created", "-r", "cancelled", "-q", queue]
+    run("consumer", *arguments, "--drain", handle=handle)  # declares the queue
+    for key in "created", "cancelled":
+        with broker.connect() as connection:
+            properties = pika.BasicProperties(message_id="order-1")
+            connection.channel().basic_publish(exchange, key, b"order", properties)
+
+    consumer = start("consumer", *arguments, handle=handle)
+
+    eventually(lambda: len(consumer.bodies) == 3, timeout=20)
+    assert consumer.terminate() == 0
 
 
 def test_a_handler_that_exits_ends_the_program_as_it_says_and_leaves_the_rest_in_the_queue(

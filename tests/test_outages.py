@@ -184,6 +184,25 @@ def test_a_script_gives_up_when_the_broker_is_not_there_after_connect_timeout(na
     assert "docker compose up -d --wait" in last
 
 
+def test_the_connect_timeout_of_a_consumer_begins_anew_with_each_outage(
+    start: Start, run: Run, queue: str, proxy: Proxy
+) -> None:
+    run("producer", "-q", queue, "one", "two")
+    handle = "def handle(method, properties, body): os.write(1, body + b'\\n'); time.sleep(3)"
+    proxy.refuse()
+    consumer = start("consumer", "-q", queue, "--connect-timeout", "1", handle=handle, url=proxy.url)
+    eventually(lambda: tries(consumer))
+    over = time.monotonic() + 1
+    proxy.listen()
+    eventually(lambda: consumer.bodies == [b"one"])
+
+    eventually(lambda: time.monotonic() > over)  # while the first is in hand
+    proxy.cut()
+
+    eventually(lambda: consumer.bodies == [b"one", b"two"], what=consumer.stderr)
+    assert consumer.terminate() == 0
+
+
 @pytest.mark.long
 def test_nothing_is_lost_when_the_connection_is_cut_twenty_times(
     start: Start, queue: str, depth: Any, proxy: Proxy, rng: random.Random
