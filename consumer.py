@@ -73,6 +73,7 @@ FINAL = {  # errors that would be the same the next time, with what to do about 
     "CERTIFICATE_VERIFY_FAILED": "SSL_CERT_FILE=FILE adds a private CA",
 }
 log = logging.getLogger(__name__)
+warn_once = functools.lru_cache(maxsize=None)(log.warning)  # and not at each connection
 
 
 class Stop(Exception):
@@ -94,7 +95,7 @@ def use_as_it_is(error: ChannelClosedByBroker) -> None:
     """Nothing to do if a queue exists with other settings; other errors are raised."""
     if "inequivalent arg" not in error.reply_text:
         raise error
-    log.warning("warning: the queue is used as it is: %s", error.reply_text)
+    warn_once("warning: the queue is used as it is: %s", error.reply_text)
 
 
 def backoff(timeout: float) -> Iterator[float]:

@@ -63,6 +63,7 @@ FINAL = {  # errors that would be the same the next time, with what to do about 
     "CERTIFICATE_VERIFY_FAILED": "SSL_CERT_FILE=FILE adds a private CA",
 }
 log = logging.getLogger(__name__)
+warn_once = functools.lru_cache(maxsize=None)(log.warning)  # and not at each connection
 
 
 class Stop(Exception):
@@ -84,7 +85,7 @@ def use_as_it_is(error: ChannelClosedByBroker) -> None:
     """Nothing to do if a queue exists with other settings; other errors are raised."""
     if "inequivalent arg" not in error.reply_text:
         raise error
-    log.warning("warning: the queue is used as it is: %s", error.reply_text)
+    warn_once("warning: the queue is used as it is: %s", error.reply_text)
 
 
 def backoff(timeout: float) -> Iterator[float]:
@@ -213,7 +214,7 @@ class Producer:
         while True:
             before, failure = len(self.pending), None
             try:
-                failure = self.send(size)
+                self.send(size)
             except CONNECTION_ERRORS as error:
                 self.close()
                 failure = error
@@ -231,8 +232,8 @@ class Producer:
             else:
                 pause(failure, delays, self.options)
 
-    def send(self, size: int) -> Exception | None:
-        """Publish the first `size` pending messages and wait for the confirmations; the error to report for nacks."""
+    def send(self, size: int) -> None:
+        """Publish the first `size` pending messages and wait for the confirmations."""
         if not self.connection:
             self.open()
         self.returned: Counter[str] = Counter()  # message ids
@@ -246,9 +247,8 @@ class Producer:
             self.ioloop.call_later(0, lambda: None)  # so that the poll for heartbeats does not block
         self.serve_until(lambda: not self.unconfirmed)
         if any(number in self.pending for number, _ in batch):
-            # Not raised, because the connection is good.
-            return AMQPChannelError("messages were rejected: the queue is full, or has lost most of its nodes")
-        return None
+            # An error of the connection, because a channel that saw no leader of the queue may reject for ever.
+            raise AMQPChannelError("messages were rejected: the queue is full, or has lost most of its nodes")
 
     def on_confirm(self, frame: Any) -> None:
         """An acknowledged message is not pending any more; a rejected one is."""

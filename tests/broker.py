@@ -198,8 +198,11 @@ class LocalBroker(Broker):
             )  # fmt: skip
         eventually(self.is_serving, timeout=90, what=f"RabbitMQ starts (see {self.home})")
 
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def is_serving(self) -> bool:
-        assert self.process and self.process.poll() is None, (self.home / "output").read_text()[-2000:]
+        assert self.is_running(), (self.home / "output").read_text()[-2000:]
         try:
             self.connect().close()
         except (pika.exceptions.AMQPError, OSError):
@@ -233,7 +236,7 @@ class LocalBroker(Broker):
         return run([program, "-q", "-n", self.node, *arguments], env=self.environment)
 
     def remove(self) -> None:
-        if self.process and self.process.poll() is None:
+        if self.is_running():
             self.kill()
         shutil.rmtree(self.home, ignore_errors=True)
 

@@ -24,8 +24,9 @@ class Cluster:
         if isinstance(self.nodes[0], ContainerNode):
             self.nodes[0].compose("up", "-d", "--wait")  # at the same time, they would race for the network
             return
+        down = [node for node in self.nodes if not node.is_running()]
         with ThreadPoolExecutor(NODES) as pool:
-            list(pool.map(lambda node: node.start(), self.nodes))
+            list(pool.map(lambda node: node.start(), down))
 
     def leader(self, queue: str) -> Any:
         """The node that leads the quorum queue."""
