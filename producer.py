@@ -247,7 +247,8 @@ class Producer:
             self.ioloop.call_later(0, lambda: None)  # so that the poll for heartbeats does not block
         self.serve_until(lambda: not self.unconfirmed)
         if any(number in self.pending for number, _ in batch):
-            # An error of the connection, because a channel that saw no leader of the queue may reject for ever.
+            # An error of the connection, because a channel that was opened while the queue had no leader may reject for
+            # ever, see https://github.com/rabbitmq/rabbitmq-server/blob/v3.10.8/deps/rabbit/src/rabbit_fifo_client.erl
             raise AMQPChannelError("messages were rejected: the queue is full, or has lost most of its nodes")
 
     def on_confirm(self, frame: Any) -> None:
