@@ -73,7 +73,7 @@ FINAL = {  # errors that would be the same the next time, with what to do about 
     "CERTIFICATE_VERIFY_FAILED": "SSL_CERT_FILE=FILE adds a private CA",
 }
 log = logging.getLogger(__name__)
-warn_once = functools.lru_cache(maxsize=None)(log.warning)  # and not at each connection
+warn_once = functools.lru_cache(maxsize=None)(log.warning)  # not again at each new connection
 
 
 class Stop(Exception):

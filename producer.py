@@ -63,7 +63,7 @@ FINAL = {  # errors that would be the same the next time, with what to do about 
     "CERTIFICATE_VERIFY_FAILED": "SSL_CERT_FILE=FILE adds a private CA",
 }
 log = logging.getLogger(__name__)
-warn_once = functools.lru_cache(maxsize=None)(log.warning)  # and not at each connection
+warn_once = functools.lru_cache(maxsize=None)(log.warning)  # not again at each new connection
 
 
 class Stop(Exception):
@@ -233,7 +233,7 @@ class Producer:
                 pause(failure, delays, self.options)
 
     def send(self, size: int) -> None:
-        """Publish the first `size` pending messages and wait for the confirmations."""
+        """Publish the first `size` pending messages and wait for the confirmations; raises if some are rejected."""
         if not self.connection:
             self.open()
         self.returned: Counter[str] = Counter()  # message ids
@@ -247,8 +247,8 @@ class Producer:
             self.ioloop.call_later(0, lambda: None)  # so that the poll for heartbeats does not block
         self.serve_until(lambda: not self.unconfirmed)
         if any(number in self.pending for number, _ in batch):
-            # An error of the connection, because a channel that was opened while the queue had no leader may reject for
-            # ever, see https://github.com/rabbitmq/rabbitmq-server/blob/v3.10.8/deps/rabbit/src/rabbit_fifo_client.erl
+            # Raised, for a new connection: a channel that was opened while the queue had no leader may reject for ever,
+            # see https://github.com/rabbitmq/rabbitmq-server/blob/v3.10.8/deps/rabbit/src/rabbit_fifo_client.erl
             raise AMQPChannelError("messages were rejected: the queue is full, or has lost most of its nodes")
 
     def on_confirm(self, frame: Any) -> None:
@@ -333,7 +333,7 @@ class Producer:
         """Close the connection; wait for the broker's answer, 10 s at most."""
         if self.connection and self.connection.is_open:
             self.connection.close()
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + 5  # and a poll takes 5 more at most
             while not self.connection.is_closed and time.monotonic() < deadline:
                 self.ioloop.poll()
                 self.ioloop.process_timeouts()

@@ -20,7 +20,7 @@ class Cluster:
         self.url = ",".join(node.url for node in nodes)
 
     def start(self) -> None:
-        """Return when all nodes serve clients. Together, because each waits for those it has to join."""
+        """Return when all nodes serve clients. Those that are down start together: each waits for those it has to join."""
         if isinstance(self.nodes[0], ContainerNode):
             self.nodes[0].compose("up", "-d", "--wait")  # at the same time, they would race for the network
             return

@@ -482,7 +482,7 @@ def test_a_count_is_kept_when_the_connection_is_cut(
 
 
 @pytest.fixture(scope="module")
-def nodes(session_broker: Broker) -> Iterator[Cluster]:
+def module_cluster(session_broker: Broker) -> Iterator[Cluster]:
     if not session_broker.ours:
         pytest.skip("needs a broker of its own kind, and --broker URL has none to offer")
     cluster = cluster_for(session_broker)
@@ -493,10 +493,10 @@ def nodes(session_broker: Broker) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def cluster(nodes: Cluster) -> Cluster:
+def cluster(module_cluster: Cluster) -> Cluster:
     """All nodes run, also after a test that failed while some were down."""
-    nodes.start()
-    return nodes
+    module_cluster.start()
+    return module_cluster
 
 
 @pytest.mark.ours
