@@ -205,7 +205,8 @@ class Consumer:
         self.delays = backoff(options.connect_timeout)
         self.handled: deque[tuple[Any, ...]] = deque(maxlen=options.prefetch)  # what tells the last messages apart
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()  # None ends the worker
-        self.consuming = self.stopping = False
+        self.stopping = False
+        self.interruptible = True  # waits for a broker; elsewhere, `stopping` is looked at
         self.error: BaseException | None = None  # what `handle` ended the program with
 
     def stop(self, *_signal: Any) -> None:
@@ -213,7 +214,7 @@ class Consumer:
         if self.stopping:
             os._exit(130)  # everything else would wait for `handle`
         self.stopping = True
-        if not self.consuming:
+        if self.interruptible:
             raise KeyboardInterrupt
 
     def run(self) -> None:
@@ -229,6 +230,7 @@ class Consumer:
                     if not self.stopping:
                         pause(error, self.delays, self.options)
         finally:
+            self.interruptible = False  # a message may still be in hand
             self.jobs.put(None)
         if self.error:
             raise self.error
@@ -271,7 +273,7 @@ class Consumer:
         done.acquire()  # until the worker releases it
         bound_at = -math.inf
         self.prefetch_count = 0  # messages that the broker may send ahead; 0 while it is to send none
-        self.consuming = True
+        self.interruptible = False
         try:
             while True:
                 if time.monotonic() - bound_at > 10:
@@ -295,7 +297,7 @@ class Consumer:
             self.settle(channel, waiting, outcomes)
             channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)
         finally:
-            self.consuming = False
+            self.interruptible = True
             waiting.clear()  # the broker delivers these again, perhaps to others
 
     def receive(self, channel: BlockingChannel, waiting: deque[Delivery], timeout: float) -> bool:

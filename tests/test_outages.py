@@ -184,6 +184,22 @@ def test_a_script_gives_up_when_the_broker_is_not_there_after_connect_timeout(na
     assert "docker compose up -d --wait" in last
 
 
+def test_a_consumer_that_gave_up_finishes_the_message_in_hand_when_told_to_stop(
+    start: Start, run: Run, queue: str, proxy: Proxy
+) -> None:
+    run("producer", "-q", queue, "one")
+    handle = "def handle(method, properties, body): print('begun', flush=True); time.sleep(3); print('done')"
+    consumer = start("consumer", "-q", queue, "--connect-timeout", "0", handle=handle, url=proxy.url)
+    eventually(lambda: consumer.bodies == [b"begun"])
+    proxy.refuse()
+    eventually(lambda: consumer.stderr)
+
+    assert consumer.terminate() == 1
+
+    assert consumer.bodies == [b"begun", b"done"]
+    assert re.fullmatch(r"consumer\.py: error: 127.*\n", consumer.stderr)
+
+
 def test_the_connect_timeout_of_a_consumer_begins_anew_with_each_outage(
     start: Start, run: Run, queue: str, proxy: Proxy
 ) -> None:
