@@ -401,6 +401,20 @@ def test_what_was_given_up_is_not_safe_after_the_next_call(broker: Broker, queue
     sender.close()
 
 
+def test_what_was_given_up_can_be_published_by_the_next_call(run: Run, broker: Broker, queue: str) -> None:
+    sender = producer.Producer(producer.parse(["--url", "amqp://127.0.0.1:1", "-q", queue, "--connect-timeout", "0"]))
+    with pytest.raises(producer.Stop):
+        sender.publish([sender.message(b"%d" % number, message_id=f"id-{number}") for number in range(3)])
+
+    sender.options.url = producer.broker_urls(broker.url)
+
+    assert (sender.publish(sender.pending.values()), sender.safe) == (0, 3)
+    sender.close()
+    consumer = run("consumer", "-q", queue, "--drain", "-v")
+    assert consumer.bodies == [b"0", b"1", b"2"]
+    assert re.findall("message id (.*?),", consumer.stderr) == ["id-0", "id-1", "id-2"]
+
+
 def test_a_producer_that_gave_up_says_where_to_resume(
     start: Start, run: Run, queue: str, depth: Any, proxy: Proxy, tmp_path: Path, rng: random.Random
 ) -> None:
