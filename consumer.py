@@ -39,7 +39,7 @@ from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosed
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
 CONNECT_TIMEOUT = math.inf  # seconds; a service that is restarted by something else may want less
-PREFETCH = 10  # 1 for jobs of minutes, so that every consumer has one; 100 to 300 for the highest rate
+PREFETCH = 10  # 1 for jobs of minutes, because all must be done within 30 minutes; 100 to 300 for the highest rate
 QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
     "x-delivery-limit": 20,  # a message that fails is delivered again as many times, then moved to NAME.dead;
@@ -63,7 +63,7 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
 FINAL = {  # errors that would be the same the next time, with what to do about them; the first that fits counts
-    "timed out": "",  # not final: a handler took longer than the broker waits
+    "timed out": "",  # goes first, and is not final: a handler took longer than the broker waits
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
     "NOT_FOUND - no exchange": "-t TYPE declares it",
@@ -99,7 +99,7 @@ def use_as_it_is(error: ChannelClosedByBroker) -> None:
 
 
 def backoff(timeout: float) -> Iterator[float]:
-    """Seconds to wait before each try, growing to 5, with jitter; no more once `timeout` seconds have passed."""
+    """Seconds to wait before each try, growing to 5, with jitter; none once `timeout` has passed since the first."""
     deadline, longest = time.monotonic() + timeout, 0.2
     while time.monotonic() < deadline:
         yield max(0, min(longest * random.uniform(0.5, 1), deadline - time.monotonic()))
@@ -108,7 +108,7 @@ def backoff(timeout: float) -> Iterator[float]:
 
 def pause(error: BaseException, delays: Iterator[float], options: argparse.Namespace) -> None:
     """Log the error and wait before the next try; raise Stop if there is none left, or it would be useless."""
-    cause = getattr(error.args[0] if error.args else error, "exception", error)  # what the socket said
+    cause = getattr(error.args[0] if error.args else error, "exception", error)  # pika wraps what the socket said
     text = getattr(cause, "reply_text", "") or str(cause) or repr(cause)
     hint = next((hint for word, hint in FINAL.items() if word in text), "")
     delay = None if hint else next(delays, None)
@@ -135,7 +135,7 @@ def broker_urls(text: str) -> list[pika.URLParameters]:
         text.encode()
         brokers = [pika.URLParameters(url) for url in urls]
         for broker in brokers:
-            broker.host.encode("idna")
+            broker.host.encode("idna")  # or connecting would raise the error, each time
     except Exception as error:  # of many kinds, depending on the option
         raise argparse.ArgumentTypeError(str(error)) from None
     return brokers
@@ -177,11 +177,10 @@ def common_options() -> Parser:
 
 
 def set_up(options: argparse.Namespace) -> None:
-    """One line on stderr for each event; SIGTERM means what Ctrl-C means."""
+    """One line on stderr for each event."""
     level = logging.DEBUG if options.verbose else logging.INFO
     logging.basicConfig(format=f"{os.path.basename(__file__)}: %(message)s", level=level)
     logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # it has seven errors for one refused connection
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def write(data: bytes = b"") -> None:
@@ -203,7 +202,7 @@ class Consumer:
         self.queue = options.queue
         self.remaining = options.count or sys.maxsize  # messages still to be handled
         self.delays = backoff(options.connect_timeout)
-        self.handled: deque[tuple[Any, ...]] = deque(maxlen=options.prefetch)  # what tells the last messages apart
+        self.handled: deque[tuple[Any, ...]] = deque(maxlen=options.prefetch)  # identities of the last messages
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()  # None ends the worker
         self.stopping = False
         self.interruptible = True  # waits for a broker; elsewhere, `stopping` is looked at
@@ -236,7 +235,7 @@ class Consumer:
             raise self.error
 
     def declare(self, connection: pika.BlockingConnection) -> BlockingChannel:
-        """The queue exists. Returns an open channel."""
+        """Declare the queue; return an open channel."""
         channel = connection.channel()
         try:
             for declaration in queue_declarations(self.options.queue):
@@ -251,14 +250,14 @@ class Consumer:
         return channel
 
     def bind(self, channel: BlockingChannel) -> None:
-        """The exchange exists, and the queue is bound to it as the options say."""
+        """Bind the queue to the exchange, if there is one, as the options say."""
         options = self.options
         if options.exchange:
             # A passive declaration ignores the type.
             exchange = {"exchange": options.exchange, "exchange_type": options.type or "direct", "durable": True}
             channel.exchange_declare(passive=not options.type, **exchange)
             arguments = {"x-match": options.match or "all", **dict(options.header)} if options.header else None
-            # By default all messages; without -t, the type that this depends on is not known.
+            # By default all messages, as far as the type allows it; without -t, that is not known.
             default = {"topic": ["#"], None: ["", "#"]}.get(options.type, [""])
             for routing_key in options.routing_key or default:
                 channel.queue_bind(
@@ -332,7 +331,7 @@ class Consumer:
 
     def work(self) -> None:
         """Handle what is waiting, as long as there is something. Runs in a thread of its own, the worker."""
-        half = (self.options.prefetch + 1) // 2  # is to be acknowledged while the broker sends the other
+        half = (self.options.prefetch + 1) // 2  # is acknowledged while the broker sends the other
         for waiting, outcomes, done in iter(self.jobs.get, None):
             while self.remaining and not self.stopping and len(outcomes) < half:
                 try:
@@ -371,22 +370,20 @@ class Consumer:
         settled = [outcomes.popleft() for _ in range(len(outcomes))]
         if settled and self.remaining < self.prefetch_count:
             self.cancel(channel, waiting)  # because the broker sends a message for each that is settled
-        handled = 0
         for method, success in settled:
-            if success:
-                handled = method.delivery_tag
-            else:
-                # Not basic_nack, which RabbitMQ 4.3 does not count. A private queue counts nothing: drop it there, the second time.
+            if not success:
+                # Not basic_nack, which RabbitMQ 4.3 does not count. A private queue has no limit: drop the second time.
                 requeue = bool(self.options.queue) or not method.redelivered
                 channel.basic_reject(delivery_tag=method.delivery_tag, requeue=requeue)
+        handled = [method.delivery_tag for method, success in settled if success]
         if handled:
-            channel.basic_ack(delivery_tag=handled, multiple=True)
+            channel.basic_ack(delivery_tag=handled[-1], multiple=True)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common_options()
     add = parser.add_argument
-    keys = "binding of the queue to the exchange; repeatable; default: all messages"
+    keys = "binding of the queue to the exchange; repeatable; default: all messages, if direct those without a key"
     add("-r", "--routing-key", type=short_string, action="append", help=keys)
     add("--match", choices=["all", "any"], help="how many of the headers have to match; default: all")
     add("-c", "--count", type=int, metavar="N", help="stop after N messages")

@@ -53,7 +53,7 @@ QUEUE_ARGUMENTS = {
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
 FINAL = {  # errors that would be the same the next time, with what to do about them; the first that fits counts
-    "timed out": "",  # not final: a handler took longer than the broker waits
+    "timed out": "",  # goes first, and is not final: a handler took longer than the broker waits
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
     "NOT_FOUND - no exchange": "-t TYPE declares it",
@@ -89,7 +89,7 @@ def use_as_it_is(error: ChannelClosedByBroker) -> None:
 
 
 def backoff(timeout: float) -> Iterator[float]:
-    """Seconds to wait before each try, growing to 5, with jitter; no more once `timeout` seconds have passed."""
+    """Seconds to wait before each try, growing to 5, with jitter; none once `timeout` has passed since the first."""
     deadline, longest = time.monotonic() + timeout, 0.2
     while time.monotonic() < deadline:
         yield max(0, min(longest * random.uniform(0.5, 1), deadline - time.monotonic()))
@@ -98,7 +98,7 @@ def backoff(timeout: float) -> Iterator[float]:
 
 def pause(error: BaseException, delays: Iterator[float], options: argparse.Namespace) -> None:
     """Log the error and wait before the next try; raise Stop if there is none left, or it would be useless."""
-    cause = getattr(error.args[0] if error.args else error, "exception", error)  # what the socket said
+    cause = getattr(error.args[0] if error.args else error, "exception", error)  # pika wraps what the socket said
     text = getattr(cause, "reply_text", "") or str(cause) or repr(cause)
     hint = next((hint for word, hint in FINAL.items() if word in text), "")
     delay = None if hint else next(delays, None)
@@ -125,7 +125,7 @@ def broker_urls(text: str) -> list[pika.URLParameters]:
         text.encode()
         brokers = [pika.URLParameters(url) for url in urls]
         for broker in brokers:
-            broker.host.encode("idna")
+            broker.host.encode("idna")  # or connecting would raise the error, each time
     except Exception as error:  # of many kinds, depending on the option
         raise argparse.ArgumentTypeError(str(error)) from None
     return brokers
@@ -167,11 +167,10 @@ def common_options() -> Parser:
 
 
 def set_up(options: argparse.Namespace) -> None:
-    """One line on stderr for each event; SIGTERM means what Ctrl-C means."""
+    """One line on stderr for each event."""
     level = logging.DEBUG if options.verbose else logging.INFO
     logging.basicConfig(format=f"{os.path.basename(__file__)}: %(message)s", level=level)
     logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # it has seven errors for one refused connection
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 Message = Tuple[str, pika.BasicProperties, bytes]  # routing key, properties, body
@@ -192,7 +191,7 @@ class Producer:
 
     @property
     def safe(self) -> int:
-        """How many messages, from the first on, need not be sent again."""
+        """How many of all the messages given so far, from the first on, need not be sent again."""
         return next(iter(self.pending), self.given + 1) - 1
 
     def message(self, body: bytes, routing_key: str | None = None, **properties: Any) -> Message:
@@ -205,7 +204,7 @@ class Producer:
         """Publish; return how many messages no queue would receive. The broker has taken responsibility for the others.
 
         Without messages, it keeps the connection alive. Raises Stop if the broker refuses, or is away for longer than
-        `connect_timeout`; `safe` tells how far it got, and the next call is for the messages from there on.
+        `connect_timeout`; `publish(pending.values())` then goes on with those that are not safe.
         """
         safe = self.safe
         self.pending = dict(enumerate(messages, safe + 1))
@@ -221,7 +220,7 @@ class Producer:
             except BaseException:
                 self.connection = None  # and with it what is half sent
                 raise
-            if not self.pending and (size or not failure):  # even if the connection broke after the last confirmation
+            if not self.pending and (size or not failure):  # without messages, it is the connection that counts
                 return self.unroutable - unroutable
             if len(self.pending) < before:
                 delays = backoff(self.options.connect_timeout)
@@ -341,7 +340,7 @@ class Producer:
 
 
 def batches(messages: Sequence[str]) -> Iterator[Sequence[bytes]]:
-    """The bodies to publish, as they come; nothing when there is nothing for a second."""
+    """The bodies to publish, as they come; an empty batch at first, and after each second without any."""
     yield []  # to connect, and see an error, before there is input
     if messages != ["-"]:
         yield [os.fsencode(message) for message in messages]
@@ -386,7 +385,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("messages", nargs="*", metavar="MESSAGE", help=message)
     arguments = list(sys.argv[1:] if argv is None else argv)
     end = arguments.index("--") if "--" in arguments else len(arguments)
-    options = parser.parse_intermixed_args(arguments[:end])  # which does not know --
+    options = parser.parse_intermixed_args(arguments[:end])  # this method does not know --
     options.messages += arguments[end + 1 :]
     for mistake, made in {
         "--connect-timeout: at least 0": not options.connect_timeout >= 0,
@@ -411,6 +410,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     set_up(options)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     producer = Producer(options)
     status, reason = 0, ""
     try:

@@ -156,7 +156,7 @@ def test_the_worker_works_as_shown(run: Run, broker: Broker, shell_environment: 
 def test_the_publisher_works_as_shown(run: Run, broker: Broker, queue: str, shell_environment: dict[str, str]) -> None:
     publish, in_a_thread = blocks("### A publisher", "python")
     run("consumer", "-e", "orders", "-t", "topic", "-r", "order.*", "-q", queue, "--drain")
-    program = f"import concurrent.futures\n{publish}\n{in_a_thread}"
+    program = f"{publish}\n{in_a_thread}"
 
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=shell_environment, capture_output=True, text=True
