@@ -208,12 +208,10 @@ def main() -> None:
         broker.start()
         with tempfile.TemporaryDirectory() as directory:
             report(Benchmark(broker, rounds, Path(directory)), count, options.quick)
+        machine = f"{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}"
+        print(f"\n{machine}, pika {pika.__version__}, RabbitMQ {'.'.join(map(str, broker.version()))}")
     finally:
         broker.remove()
-    version = ".".join(map(str, broker.version())) if broker.where == "url" else broker.where
-    print(
-        f"\n{os.cpu_count()} cores ({platform.machine()}), Python {platform.python_version()}, pika {pika.__version__}, RabbitMQ {version}"
-    )
 
 
 def report(benchmark: Benchmark, count: int, quick: bool) -> None:

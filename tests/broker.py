@@ -14,6 +14,7 @@ import time
 import uuid
 from pathlib import Path
 from typing import Any, Callable, Sequence
+from urllib.parse import urlsplit
 
 import pika
 
@@ -63,16 +64,13 @@ class Broker:
     """A broker at a URL, which may belong to somebody else: nothing here stops or changes it."""
 
     ours = False  # may be stopped, and have its settings changed
-    where = "url"
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        parts = urlsplit(url)
+        self.url = url if parts.port else parts._replace(netloc=f"{parts.netloc}:5672").geturl()
 
-    def connect(self, vhost: str = "") -> pika.BlockingConnection:
-        parameters = pika.URLParameters(self.url)
-        if vhost:
-            parameters.virtual_host = vhost
-        return pika.BlockingConnection(parameters)
+    def connect(self) -> pika.BlockingConnection:
+        return pika.BlockingConnection(pika.URLParameters(self.url))
 
     def depth(self, queue: str) -> int:
         """How many messages are ready in the queue; -1 if there is no such queue."""
@@ -109,7 +107,6 @@ class ContainerBroker(Broker):
     """The repository's docker-compose.yml, as a project of its own."""
 
     ours = True
-    where = "docker"
 
     def __init__(self, compose_file: Path = ROOT / "docker-compose.yml", service: str = "rabbitmq") -> None:
         amqp, management = free_ports(2)
@@ -154,15 +151,14 @@ class LocalBroker(Broker):
     """A node of an installed rabbitmq-server, with its own name, ports and data directory."""
 
     ours = True
-    where = "local"
 
-    def __init__(self, configuration: str = "") -> None:
+    def __init__(self) -> None:
         amqp, distribution = free_ports(2)
         super().__init__(f"amqp://guest:guest@127.0.0.1:{amqp}/%2F")
         self.home = Path(tempfile.mkdtemp(prefix="pair-"))
         self.node = f"{self.home.name}@localhost"
         (self.home / "rabbitmq.conf").write_text(
-            f"listeners.tcp.1 = 127.0.0.1:{amqp}\nvm_memory_high_watermark.relative = 0.4\n{configuration}\n"
+            f"listeners.tcp.1 = 127.0.0.1:{amqp}\nvm_memory_high_watermark.relative = 0.4\n"
         )
         (self.home / "enabled_plugins").write_text("[].\n")
         (self.home / "env.conf").write_text("")

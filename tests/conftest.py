@@ -17,9 +17,9 @@ import pytest
 import broker as brokers
 from broker import ROOT, Broker, eventually
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell's background jobs ignore it, and so would the scripts
+# A shell's background jobs ignore it, and so would the scripts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+SCRIPTS = ("producer", "consumer")
 TIMEOUT = 120  # seconds after which a script that should have ended has failed its test
 
 
@@ -57,6 +57,12 @@ def broker(session_broker: Broker, request: pytest.FixtureRequest) -> Broker:
     if request.node.get_closest_marker("ours") and not session_broker.ours:
         pytest.skip("stops, kills or changes the broker, and the one at --broker URL belongs to somebody else")
     return session_broker
+
+
+@pytest.fixture
+def python(request: pytest.FixtureRequest) -> str:
+    """The Python that the scripts run with."""
+    return str(request.config.getoption("--python"))
 
 
 @pytest.fixture
@@ -131,10 +137,12 @@ class Script:
 
 
 Start = Callable[..., Script]
+Depth = Callable[[str], int]
+UntilConsuming = Callable[..., None]
 
 
 @pytest.fixture
-def start(broker: Broker, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Start]:
+def start(broker: Broker, tmp_path: Path, python: str) -> Iterator[Start]:
     """Start a script: start("producer", "-q", queue, "-", input=b"...") or start("consumer", handle="...").
 
     `input` becomes stdin, without it stdin is a pipe to write to; `handle` is Python that replaces `handle` of the
@@ -146,7 +154,7 @@ def start(broker: Broker, tmp_path: Path, request: pytest.FixtureRequest) -> Ite
     def start(
         name: str, *arguments: str, input: bytes | None = None, handle: str = "", url: str = "", **options: Any
     ) -> Script:
-        command = [request.config.getoption("--python"), str(ROOT / f"{name}.py"), *arguments]
+        command = [python, str(ROOT / f"{name}.py"), *arguments]
         if handle:
             program = tmp_path / f"{uuid.uuid4().hex}.py"
             program.write_text(
@@ -186,7 +194,7 @@ def run(start: Start) -> Run:
 
 
 @pytest.fixture
-def depth(broker: Broker) -> Callable[[str], int]:
+def depth(broker: Broker) -> Depth:
     return broker.depth
 
 
@@ -200,7 +208,7 @@ def consumers(broker: Broker, queue: str) -> int:
 
 
 @pytest.fixture
-def until_consuming(broker: Broker) -> Callable[..., None]:
+def until_consuming(broker: Broker) -> UntilConsuming:
     """Wait until the queue has that many consumers."""
 
     def wait(queue: str, count: int = 1) -> None:

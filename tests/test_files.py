@@ -1,59 +1,54 @@
-"""What holds for the files themselves."""
+"""What holds for the files themselves, and for the tests."""
 
 from __future__ import annotations
 
 import ast
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
 from broker import ROOT
-
-SCRIPTS = ["producer.py", "consumer.py"]
-OWN = ["CONNECT_TIMEOUT", "parse", "main"]  # names that mean something else in each script
+from conftest import SCRIPTS
 
 
-def definitions(script: str) -> dict[str, str]:
-    """The source of everything that the script defines at its top level, by name, in order."""
-    source = (ROOT / script).read_text()
-    found = {}
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.Assign):
-            node_name = ast.unparse(node.targets[0])
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            node_name = node.name
-        else:
-            continue
-        found[node_name] = str(ast.get_source_segment(source, node))
-    return found
+@pytest.mark.parametrize(
+    ("first", "last"),
+    [("URL = ", "QUEUE = .*?$"), ("QUEUE_ARGUMENTS = ", "}$"), ("# What follows", r"def set_up\(.*?\n\n")],
+    ids=["defaults", "arguments", "functions"],
+)
+def test_what_both_scripts_need_is_the_same_text(first: str, last: str) -> None:
+    texts = [
+        re.findall(rf"^{first}.*?^{last}", (ROOT / f"{script}.py").read_text(), flags=re.MULTILINE | re.DOTALL)
+        for script in SCRIPTS
+    ]
 
-
-def test_what_both_scripts_need_is_the_same_text_in_the_same_order() -> None:
-    producer, consumer = (definitions(script) for script in SCRIPTS)
-
-    shared = [name for name in producer if name in consumer and name not in OWN]
-
-    assert shared == [name for name in consumer if name in producer and name not in OWN]
-    assert {name: producer[name] for name in shared} == {name: consumer[name] for name in shared}
-    assert {"QUEUE_ARGUMENTS", "queue_declarations", "pause", "broker_urls", "common_options"} <= set(shared)
+    assert len(texts[0]) == 1
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_only_the_public_names_of_pika_are_used(script: str) -> None:
-    tree = ast.parse((ROOT / script).read_text())
+    nodes = list(ast.walk(ast.parse((ROOT / f"{script}.py").read_text())))
 
-    private = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr.startswith("_")}
+    names = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names |= {part for node in nodes if isinstance(node, ast.alias) for part in node.name.split(".")}
 
-    assert private == {"_exit"} & private  # of os
+    assert {name for name in names if name.startswith("_")} <= {"_exit"}  # of os
 
 
 def test_messages_in_the_readme_are_those_of_the_scripts() -> None:
     readme = (ROOT / "README.md").read_text()
     table = readme[readme.index("## When something goes wrong") : readme.index("## What happens when")]
-    sources = "".join((ROOT / script).read_text() for script in SCRIPTS)
+    sources = "".join((ROOT / f"{script}.py").read_text() for script in SCRIPTS)
     sources = re.sub(r"%[sd]|%\.1f|\{[^{}]*\}", "...", sources)
 
-    for row in re.findall(r"^\| `(.+?)` \|", table, flags=re.MULTILINE):
+    rows = re.findall(r"^\| `(.+?)` \|", table, flags=re.MULTILINE)
+
+    assert len(rows) > 10
+    for row in rows:
         if not row[0].isupper():  # what starts so comes from the broker or the system, see test_errors.py
             for part in row.split("..."):
                 assert part.strip() in sources, row
@@ -67,3 +62,14 @@ def test_what_the_readme_says_of_faults_is_tested() -> None:
 
     assert len(named) > 20
     assert [name for name in named if f"def {name}(" not in tests] == []
+
+
+def test_without_a_broker_the_tests_fail_at_once_and_say_how_to_get_one() -> None:
+    command = [sys.executable, "-m", "pytest", "--broker", "docker", "tests/test_pair.py"]
+    environment = {**os.environ, "DOCKER_HOST": "unix:///no-such-engine"}
+
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 1
+    assert "no RabbitMQ to test with: start a Docker engine, or" in done.stdout
+    assert not re.search("passed|skipped", done.stdout)

@@ -14,7 +14,7 @@ import pytest
 
 from broker import Broker
 from broker import run as run_command
-from conftest import Run
+from conftest import Depth, Run
 
 AMQPLIB = Path.home() / ".cache" / "amqplib-2.3.1"
 INSTALL_AMQPLIB = f"npm install --prefix {AMQPLIB} amqplib@2.3.1"
@@ -107,7 +107,7 @@ def test_a_message_of_node_comes_as_it_was_sent(
 
 
 def test_a_message_comes_to_node_as_it_was_sent(
-    run: Run, exchange: str, subscription: str, node: Callable[..., str], depth: Callable[[str], int]
+    run: Run, exchange: str, subscription: str, node: Callable[..., str], depth: Depth
 ) -> None:
     options = ["-r", "kern.ä", "-H", "host=wéb=1", "-H", "empty=", "--content-type", "application/json"]
 
@@ -141,7 +141,7 @@ def test_a_message_of_c_comes_as_it_was_sent(
 
 
 def test_a_message_comes_to_c_as_it_was_sent(
-    run: Run, exchange: str, subscription: str, amqp_tool: Callable[..., bytes], depth: Callable[[str], int]
+    run: Run, exchange: str, subscription: str, amqp_tool: Callable[..., bytes], depth: Depth
 ) -> None:
     run("producer", "-e", exchange, "-r", "cron.x", "not bound", code=1)
     run("producer", "-e", exchange, "-r", "kern.x", "-H", "a=1", "-", input=BODY)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from broker import ROOT, Broker, eventually
-from conftest import Run, Start
+from conftest import SCRIPTS, Run, Start
 
 
 def test_hello_world_goes_from_the_producer_to_the_consumer(run: Run, queue: str) -> None:
@@ -68,10 +68,12 @@ def test_empty_input_is_no_message(run: Run, queue: str) -> None:
     assert run("consumer", "-q", queue, "--drain").bodies == []
 
 
-@pytest.mark.parametrize("name", ["producer", "consumer"])
-def test_a_script_works_alone_in_an_empty_directory(name: str, broker: Broker, queue: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_works_alone_in_an_empty_directory(
+    name: str, python: str, broker: Broker, queue: str, tmp_path: Path
+) -> None:
     shutil.copy(ROOT / f"{name}.py", tmp_path)
-    command = [sys.executable, f"{name}.py", "-q", queue, *(["--drain"] if name == "consumer" else [])]
+    command = [python, f"{name}.py", "-q", queue, *(["--drain"] if name == "consumer" else [])]
 
     done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "AMQP_URL": broker.url}, timeout=60)
 

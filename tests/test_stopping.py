@@ -14,7 +14,7 @@ from typing import Callable, Iterator
 import pytest
 
 from broker import Broker, ContainerBroker, LocalBroker, eventually, free_ports
-from conftest import Run, Script, Start
+from conftest import Run, Script, Start, UntilConsuming
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 SLOW = """
@@ -28,7 +28,6 @@ def handle(method, properties, body):
     os.write(1, f"{body.decode()} {method.redelivered} {attempts}\\n".encode())
     time.sleep(0.001)
 """
-UntilConsuming = Callable[..., None]
 
 
 def stop(script: Script, number: signal.Signals = signal.SIGTERM, timeout: float = 20) -> int:
@@ -188,13 +187,13 @@ def test_an_interrupted_idle_producer_says_that_its_lines_are_safe(
     start: Start, queue: str, broker: Broker, number: signal.Signals
 ) -> None:
     producer = start("producer", "-q", queue, "-")
-    producer.write(b"one\ntwo\n")
-    eventually(lambda: broker.depth(queue) == 2)
-    time.sleep(0.5)  # that the producer has the confirmation shows nowhere
+    for count, line in enumerate([b"one\n", b"two\n", b"three\n"], 1):  # one is sent when those before are confirmed
+        producer.write(line)
+        eventually(lambda count=count: broker.depth(queue) == count)  # type: ignore[misc]
 
     assert stop(producer, number) == 130
 
-    assert safe(producer) == 2
+    assert safe(producer) in (2, 3)
     assert producer.stderr.count("\n") == 1
 
 
@@ -212,7 +211,7 @@ def trouble(request: pytest.FixtureRequest, broker: ContainerBroker | LocalBroke
 @pytest.mark.ours
 @SIGNALS
 def test_a_producer_that_the_broker_does_not_answer_stops_and_says_what_is_safe(
-    start: Start, run: Run, queue: str, broker: Broker, trouble: Callable[[], object], number: signal.Signals
+    start: Start, queue: str, broker: Broker, trouble: Callable[[], object], number: signal.Signals
 ) -> None:
     producer = start("producer", "-q", queue, "-")
     for count, line in enumerate([b"one\n", b"two\n"], 1):
@@ -237,6 +236,7 @@ COUNTS = {
 }
 
 
+# Slow means that those before are acknowledged meanwhile, for which the broker could send others.
 @pytest.mark.parametrize("handle", [MARKED, SLOW.replace("2", "0.3")], ids=["fast", "slow"])
 @pytest.mark.parametrize(("count", "prefetch", "published"), COUNTS.values(), ids=COUNTS)
 def test_count_takes_that_many_and_leaves_the_others_in_the_queue(
@@ -250,8 +250,7 @@ def test_count_takes_that_many_and_leaves_the_others_in_the_queue(
     assert broker.depth(queue) == published - count
     rest = [line.decode().split() for line in run("consumer", "-q", queue, "--drain", handle=MARKED).bodies]
     assert [int(body) for body, _, _ in rest] == list(range(count, published))
-    if handle == MARKED and count <= prefetch:
-        assert all(redelivered == "False" for _, redelivered, _ in rest)
+    assert all(redelivered == "False" for _, redelivered, _ in rest)
 
 
 def test_count_waits_for_as_many_messages(start: Start, run: Run, queue: str) -> None:
@@ -302,20 +301,22 @@ def test_drain_does_not_wait_for_what_another_consumer_holds(
     assert run("consumer", "-q", queue, "--drain").bodies == [b"2", b"3"]
 
 
-def test_drain_leaves_a_failed_message_that_waits_for_its_next_try(run: Run, queue: str) -> None:
-    run("producer", "-q", queue, "one", "bad", "two")
+def test_drain_leaves_a_failed_message_that_waits_for_its_next_try(run: Run, queue: str, broker: Broker) -> None:
     handle = """
+consumer.QUEUE_ARGUMENTS["x-delayed-retry-min"] = 60000
 def handle(method, properties, body):
     if body == b"bad" and not method.redelivered:
         raise ValueError
     os.write(1, body + b"\\n")
 """
+    run("consumer", "-q", queue, "--drain", handle=handle)  # declares the queue
+    run("producer", "-q", queue, "one", "bad", "two")
 
     consumer = run("consumer", "-q", queue, "--drain", handle=handle)
-    # RabbitMQ 4.3 does not count a message that waits for its next try: the queue seems empty.
-    late = [] if b"bad" in consumer.bodies else run("consumer", "-q", queue, "-c", "1").bodies
 
-    assert sorted(consumer.bodies + late) == [b"bad", b"one", b"two"]
+    # RabbitMQ 4.3 does not count a message that waits for its next try; older ones have none wait.
+    expected = [b"one", b"two"] if broker.version() >= (4, 3) else [b"bad", b"one", b"two"]
+    assert sorted(consumer.bodies) == expected
     assert consumer.stderr.count("failed: ValueError()") == consumer.stderr.count("\n") == 1
 
 
@@ -349,6 +350,7 @@ def test_a_closed_output_stops_the_consumer_in_silence(
     assert run("consumer", "-q", queue, "--drain").bodies == [b"two", b"three"]
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
 @OUTPUTS
 def test_a_full_disk_stops_the_consumer_with_the_reason(
     start: Start, run: Run, queue: str, broker: Broker, handle: str, env: dict[str, str]
