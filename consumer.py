@@ -51,7 +51,7 @@ QUEUE_ARGUMENTS = {
     "x-overflow": "reject-publish",  # https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
 }
 Delivery = Tuple[pika.spec.Basic.Deliver, pika.BasicProperties, bytes]
-Outcome = Tuple[pika.spec.Basic.Deliver, bool]  # True: handled, False: failed
+Outcome = Tuple[Delivery, bool]  # True: handled, False: failed
 Job = Tuple[Deque[Delivery], Deque[Outcome], threading.Lock]  # what waits, what came of it, released when done
 
 
@@ -63,11 +63,13 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
 FINAL = {  # errors that would be the same the next time, with what to do about them; the first that fits counts
-    "timed out": "",  # goes first, and is not final: a handler took longer than the broker waits
+    "delivery acknowledgement": "",  # not final: a handler took longer than the broker waits
+    "connection limit": "",  # not final: the broker may still hold the connection that was lost
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
     "NOT_FOUND - no exchange": "-t TYPE declares it",
     "inequivalent arg": "without -t, the exchange is used as it is",
+    "FRAME_ERROR": "the headers are too long",
     "PRECONDITION_FAILED": "the message, or the settings of what has this name, do not fit",
     "RESOURCE_LOCKED": "it belongs to another connection",
     "CERTIFICATE_VERIFY_FAILED": "SSL_CERT_FILE=FILE adds a private CA",
@@ -86,9 +88,10 @@ def queue_declarations(queue: str | None) -> Iterator[dict[str, Any]]:
         return
     name = queue[: -len(".dead")] if queue[1:].endswith(".dead") else queue
     arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{name}.dead"}
-    yield {"queue": name, "durable": True, "arguments": arguments}
     # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
-    yield {"queue": f"{name}.dead", "durable": True, "arguments": {**arguments, "x-delivery-limit": 2**31 - 1}}
+    limits = {name: QUEUE_ARGUMENTS["x-delivery-limit"], f"{name}.dead": 2**31 - 1}
+    for each in sorted(limits, key=lambda each: each != queue):  # the one that is asked for comes first
+        yield {"queue": each, "durable": True, "arguments": {**arguments, "x-delivery-limit": limits[each]}}
 
 
 def use_as_it_is(error: ChannelClosedByBroker) -> None:
@@ -157,7 +160,8 @@ def header(text: str) -> tuple[str, str]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(re.sub("://.*@(?!HOST)", "://...@", message))  # a URL may be given where none belongs
+        # A URL may be given where none belongs.
+        super().error(re.sub("(?s)://.*@(?!HOST:PORT/VHOST)", "://...@", message))
 
 
 def common_options() -> Parser:
@@ -194,23 +198,34 @@ def write(data: bytes = b"") -> None:
         raise Stop("" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}") from error
 
 
+def identity(delivery: Delivery) -> tuple[Any, ...]:
+    """What a message has in common with itself when it comes again, and with no other."""
+    method, properties, body = delivery
+    counts = "x-delivery-count", "x-acquired-count"  # the broker's
+    headers = {key: value for key, value in (properties.headers or {}).items() if key not in counts}
+    return method.exchange, method.routing_key, {**vars(properties), "headers": headers}, body
+
+
 class Consumer:
     """Has `handle` work in a thread of its own, and serves the connection meanwhile."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
+        self.pid = os.getpid()
         self.queue = options.queue
         self.remaining = options.count or sys.maxsize  # messages still to be handled
         self.delays = backoff(options.connect_timeout)
-        self.handled: deque[tuple[Any, ...]] = deque(maxlen=options.prefetch)  # identities of the last messages
+        self.settled: Sequence[Outcome] = []  # at last; the acknowledgement may not have arrived
+        self.unacknowledged: deque[tuple[Any, ...]] = deque(maxlen=2 * options.prefetch)  # but handled; identities
+        self.losses = 0  # of the connection
+        self.suspects = 0  # messages to be taken one by one after that, because pika may be unable to decode one
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()  # None ends the worker
-        self.stopping = False
-        self.interruptible = True  # waits for a broker; elsewhere, `stopping` is looked at
+        self.stopping = self.interruptible = False
         self.error: BaseException | None = None  # what `handle` ended the program with
 
     def stop(self, *_signal: Any) -> None:
         """Stop after the message in hand; the second time, at once."""
-        if self.stopping:
+        if self.stopping or os.getpid() != self.pid:  # or in a process that `handle` has forked
             os._exit(130)  # everything else would wait for `handle`
         self.stopping = True
         if self.interruptible:
@@ -218,14 +233,18 @@ class Consumer:
 
     def run(self) -> None:
         """Consume until told to stop; raises Stop if the broker refuses, or is away for `connect_timeout`."""
+        threading.Thread(target=self.work).start()
         try:
-            threading.Thread(target=self.work).start()
+            self.interruptible = True  # while it waits for a broker; elsewhere, it would leave pika in a bad state
             while self.remaining and not self.stopping:
                 try:
                     with pika.BlockingConnection(self.options.url) as connection:
+                        self.interruptible = False
                         self.consume(self.declare(connection))
                         break
                 except CONNECTION_ERRORS as error:
+                    self.interruptible = True
+                    self.losses, self.suspects = self.losses + 1, self.options.prefetch
                     if not self.stopping:
                         pause(error, self.delays, self.options)
         finally:
@@ -270,16 +289,15 @@ class Consumer:
         outcomes: deque[Outcome] = deque()  # of its work
         done = threading.Lock()
         done.acquire()  # until the worker releases it
-        bound_at = -math.inf
+        started, bound_at = time.monotonic(), -math.inf
         self.prefetch_count = 0  # messages that the broker may send ahead; 0 while it is to send none
-        self.interruptible = False
         try:
             while True:
                 if time.monotonic() - bound_at > 10:
                     self.bind(channel)  # again and again, because the broker does not tell when an exchange is deleted
                     bound_at = time.monotonic()
                 if not self.prefetch_count and not waiting:
-                    self.prefetch_count = min(self.options.prefetch, self.remaining)
+                    self.prefetch_count = 1 if self.suspects else min(self.options.prefetch, self.remaining)
                     channel.basic_qos(prefetch_count=self.prefetch_count)
                 self.receive(channel, waiting, timeout=0 if waiting else 0.2)
                 self.delays = backoff(self.options.connect_timeout)  # all is well
@@ -288,6 +306,8 @@ class Consumer:
                 while not done.acquire(timeout=0.1):
                     self.receive(channel, waiting, timeout=0)
                     self.settle(channel, waiting, outcomes)
+                # What a lost connection had in hand waits in RabbitMQ 4.3, too, unseen, a second for each time.
+                idle = idle and time.monotonic() - started >= 2 * self.losses
                 drained = idle and not (waiting or outcomes) and self.is_drained(channel)
                 if self.stopping or not self.remaining or drained:
                     break
@@ -296,7 +316,6 @@ class Consumer:
             self.settle(channel, waiting, outcomes)
             channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)
         finally:
-            self.interruptible = True
             waiting.clear()  # the broker delivers these again, perhaps to others
 
     def receive(self, channel: BlockingChannel, waiting: deque[Delivery], timeout: float) -> bool:
@@ -332,50 +351,58 @@ class Consumer:
     def work(self) -> None:
         """Handle what is waiting, as long as there is something. Runs in a thread of its own, the worker."""
         half = (self.options.prefetch + 1) // 2  # is acknowledged while the broker sends the other
+        last: deque[Outcome] = deque()
         for waiting, outcomes, done in iter(self.jobs.get, None):
+            if outcomes is not last:  # there is a new connection, and what was not acknowledged comes again
+                lost, self.settled, last = [*self.settled, *last], [], outcomes
+                self.unacknowledged.extend(identity(delivery) for delivery, success in lost if success)
             while self.remaining and not self.stopping and len(outcomes) < half:
                 try:
-                    outcomes.append(self.attempt(*waiting.popleft()))
+                    outcomes.append(self.attempt(waiting.popleft()))
                 except IndexError:
                     break  # none is waiting
                 except BaseException as error:  # Stop, SystemExit, KeyboardInterrupt
                     self.error, self.stopping = error, True
             done.release()
 
-    def attempt(self, method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> Outcome:
+    def attempt(self, delivery: Delivery) -> Outcome:
         """Have one message handled; raises only what is to end the program."""
+        method, properties, body = delivery
         place = (method.exchange, method.routing_key, properties.headers, properties.message_id, method.redelivered)
         log.debug("exchange %r, routing key %r, headers %s, message id %s, redelivered %s", *place)
-        identity = (properties.message_id, method.routing_key, hash(body))
-        if method.redelivered and properties.message_id and identity in self.handled:
-            return method, True  # only the acknowledgement was lost
+        if method.redelivered and properties.message_id and identity(delivery) in self.unacknowledged:
+            self.unacknowledged.remove(identity(delivery))
+            return delivery, True
         success = True
         try:
             handle(method, properties, body)
             write()  # what a `handle` prints has to be out before the message is acknowledged
-            self.handled.append(identity)
-        except Stop:
+        except (Stop, SystemExit, KeyboardInterrupt):
             raise
-        except Exception as error:
+        except BaseException as error:  # such as asyncio's CancelledError
             success = False
-            log.error("error: message %s failed: %r", properties.message_id, error)
+            log.error("error: message %r failed: %.500r", properties.message_id, error)
             log.debug("", exc_info=error)
             if method.redelivered and "x-delivery-count" not in (properties.headers or {}):
                 time.sleep(1)  # a classic queue has neither limit nor delay
         self.remaining -= 1  # before `settle` looks at it
-        return method, success
+        return delivery, success
 
     def settle(self, channel: BlockingChannel, waiting: deque[Delivery], outcomes: deque[Outcome]) -> None:
         """Acknowledge what was handled, all with one frame; reject what failed."""
         settled = [outcomes.popleft() for _ in range(len(outcomes))]
-        if settled and self.remaining < self.prefetch_count:
+        if not settled:
+            return
+        self.settled = settled
+        suspects, self.suspects = self.suspects, max(0, self.suspects - len(settled))
+        if self.remaining < self.prefetch_count or (suspects and not self.suspects):
             self.cancel(channel, waiting)  # because the broker sends a message for each that is settled
-        for method, success in settled:
+        for (method, _, _), success in settled:
             if not success:
                 # Not basic_nack, which RabbitMQ 4.3 does not count. A private queue has no limit: drop the second time.
                 requeue = bool(self.options.queue) or not method.redelivered
                 channel.basic_reject(delivery_tag=method.delivery_tag, requeue=requeue)
-        handled = [method.delivery_tag for method, success in settled if success]
+        handled = [method.delivery_tag for (method, _, _), success in settled if success]
         if handled:
             channel.basic_ack(delivery_tag=handled[-1], multiple=True)
 

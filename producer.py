@@ -53,11 +53,13 @@ QUEUE_ARGUMENTS = {
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
 FINAL = {  # errors that would be the same the next time, with what to do about them; the first that fits counts
-    "timed out": "",  # goes first, and is not final: a handler took longer than the broker waits
+    "delivery acknowledgement": "",  # not final: a handler took longer than the broker waits
+    "connection limit": "",  # not final: the broker may still hold the connection that was lost
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
     "NOT_FOUND - no exchange": "-t TYPE declares it",
     "inequivalent arg": "without -t, the exchange is used as it is",
+    "FRAME_ERROR": "the headers are too long",
     "PRECONDITION_FAILED": "the message, or the settings of what has this name, do not fit",
     "RESOURCE_LOCKED": "it belongs to another connection",
     "CERTIFICATE_VERIFY_FAILED": "SSL_CERT_FILE=FILE adds a private CA",
@@ -76,9 +78,10 @@ def queue_declarations(queue: str | None) -> Iterator[dict[str, Any]]:
         return
     name = queue[: -len(".dead")] if queue[1:].endswith(".dead") else queue
     arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{name}.dead"}
-    yield {"queue": name, "durable": True, "arguments": arguments}
     # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
-    yield {"queue": f"{name}.dead", "durable": True, "arguments": {**arguments, "x-delivery-limit": 2**31 - 1}}
+    limits = {name: QUEUE_ARGUMENTS["x-delivery-limit"], f"{name}.dead": 2**31 - 1}
+    for each in sorted(limits, key=lambda each: each != queue):  # the one that is asked for comes first
+        yield {"queue": each, "durable": True, "arguments": {**arguments, "x-delivery-limit": limits[each]}}
 
 
 def use_as_it_is(error: ChannelClosedByBroker) -> None:
@@ -147,7 +150,8 @@ def header(text: str) -> tuple[str, str]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        super().error(re.sub("://.*@(?!HOST)", "://...@", message))  # a URL may be given where none belongs
+        # A URL may be given where none belongs.
+        super().error(re.sub("(?s)://.*@(?!HOST:PORT/VHOST)", "://...@", message))
 
 
 def common_options() -> Parser:
@@ -187,6 +191,7 @@ class Producer:
         self.message_ids = (f"{run}-{number}" for number in itertools.count(1))
         self.pending: dict[int, Message] = {}  # by number; what leaves is what the broker has confirmed
         self.given = 0  # number of the last message that was to be published
+        self.delays = backoff(options.connect_timeout)
         self.unroutable = 0  # confirmed messages that no queue would receive
 
     @property
@@ -203,33 +208,39 @@ class Producer:
     def publish(self, messages: Iterable[Message]) -> int:
         """Publish; return how many messages no queue would receive. The broker has taken responsibility for the others.
 
-        Without messages, it keeps the connection alive. Raises Stop if the broker refuses, or is away for longer than
-        `connect_timeout`; `publish(pending.values())` then goes on with those that are not safe.
+        Without messages, it keeps the connection alive, or tries once to renew it. Raises Stop if the broker refuses,
+        or is away for longer than `connect_timeout`; `publish(pending.values())` then goes on with what is not safe.
         """
-        safe = self.safe
-        self.pending = dict(enumerate(messages, safe + 1))
-        self.given = safe + len(self.pending)
-        size, delays, unroutable = len(self.pending), backoff(self.options.connect_timeout), self.unroutable
+        confirmed = self.given - len(self.pending)
+        self.pending = dict(enumerate(messages, confirmed + 1))
+        self.given = confirmed + len(self.pending)
+        size, unroutable = len(self.pending), self.unroutable
+        if size:
+            self.delays = backoff(self.options.connect_timeout)
         while True:
-            before, failure = len(self.pending), None
+            before, failure, started = len(self.pending), None, time.monotonic()
             try:
                 self.send(size)
             except CONNECTION_ERRORS as error:
-                self.close()
                 failure = error
             except BaseException:
                 self.connection = None  # and with it what is half sent
                 raise
-            if not self.pending and (size or not failure):  # without messages, it is the connection that counts
+            lasted = self.connection and time.monotonic() - started > 10  # while the broker blocked it, for example
+            if not failure or len(self.pending) < before or lasted:
+                self.delays = backoff(self.options.connect_timeout)
+            if failure:
+                self.close()
+            if failure and not size:
+                pause(failure, self.delays, self.options)
+            if not self.pending:  # even if the connection broke after the last confirmation
                 return self.unroutable - unroutable
-            if len(self.pending) < before:
-                delays = backoff(self.options.connect_timeout)
             if not failure:
                 size *= 2  # again, after a 406
             elif getattr(failure, "reply_code", 0) == 406 and size > 1:
                 size //= 2  # one message is too large: let those before it through
             else:
-                pause(failure, delays, self.options)
+                pause(failure, self.delays, self.options)
 
     def send(self, size: int) -> None:
         """Publish the first `size` pending messages and wait for the confirmations; raises if some are rejected."""
@@ -340,7 +351,7 @@ class Producer:
 
 
 def batches(messages: Sequence[str]) -> Iterator[Sequence[bytes]]:
-    """The bodies to publish, as they come; an empty batch at first, and after each second without any."""
+    """The bodies to publish, as they come; an empty batch at first, and while there are none."""
     yield []  # to connect, and see an error, before there is input
     if messages != ["-"]:
         yield [os.fsencode(message) for message in messages]
@@ -349,7 +360,7 @@ def batches(messages: Sequence[str]) -> Iterator[Sequence[bytes]]:
     threading.Thread(target=read_lines, args=[lines], daemon=True).start()
     while True:
         try:
-            batch = lines.get(timeout=1)
+            batch = lines.get(timeout=0.2)
         except queue.Empty:
             batch = []
         if batch is None:
@@ -407,10 +418,19 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def interrupt(*_signal: Any) -> None:
+    """Raise KeyboardInterrupt, once."""
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda *_: None)  # not SIG_IGN, which has Python complain of one that has just come
+    raise KeyboardInterrupt
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     set_up(options)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for number in signal.SIGINT, signal.SIGTERM:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as in a shell's background jobs
+            signal.signal(number, interrupt)
     producer = Producer(options)
     status, reason = 0, ""
     try:

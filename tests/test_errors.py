@@ -83,6 +83,7 @@ USAGE = {
     "option without its value": (["--queue"], "-q/--queue: expected one argument"),
     "option with a value too many": (["--verbose=1"], "-v/--verbose: ignored explicit argument '1'"),
     "password after a mistyped option": ([f"--ur1=amqp://u:{PASSWORD}@h/"], "unrecognized arguments: --ur1="),
+    "password in place of a number": (["--connect-timeout", f"amqp://u:{PASSWORD}@HOST/"], "invalid float value"),
     "password in place of another option": (["-t", f"amqp://u:{PASSWORD}@h/"], "-t/--type: invalid choice"),
 }
 USAGE_OF_ONE = {
@@ -290,6 +291,13 @@ def test_a_reserved_name_is_refused_at_once(fails: Fails, arguments: Sequence[st
     fails(*arguments, says=f"{says}.*; .*names that start with amq. are reserved")
 
 
+def test_headers_that_are_too_long_are_refused_at_once(fails: Fails, queue: str) -> None:
+    long = "x" * 100_000
+
+    says = "FRAME_ERROR.*; the headers are too long; 0 messages are safe"
+    fails("-q", queue, "-H", f"a={long}", "-H", f"b={long}", "one", says=says, names=["producer"])
+
+
 def test_the_exclusive_queue_of_another_connection_is_refused_at_once(broker: Broker, fails: Fails, queue: str) -> None:
     with broker.connect() as connection:
         connection.channel().queue_declare(queue, exclusive=True)
@@ -493,3 +501,14 @@ def test_a_dead_letter_queue_is_used_by_its_name(broker: Broker, run: Run, queue
     assert (producer.stderr, consumer.stderr) == ("producer.py: 2 messages published\n", "")
     assert consumer.bodies == [b"one", b"two"]
     assert (broker.depth(dead), broker.depth(queue), broker.depth(f"{dead}.dead")) == (0, 1, -1)
+
+
+def test_a_dead_letter_queue_is_used_by_its_name_if_the_other_has_other_settings(
+    broker: Broker, run: Run, queue: str
+) -> None:
+    with broker.connect() as connection:
+        connection.channel().queue_declare(queue, durable=True)
+
+    run("producer", "-q", f"{queue}.dead", "one")
+
+    assert run("consumer", "-q", f"{queue}.dead", "--drain").bodies == [b"one"]

@@ -123,7 +123,7 @@ def test_what_the_handler_fails_on_is_tried_again_and_moved_to_dead_and_the_othe
     tries = [line.decode().split() for line in consumer.bodies]
     assert Counter(body for _, _, body in tries) == {body: LIMIT + 1 if body in poison else 1 for body in bodies}
     assert broker.depth(queue) == 0
-    error = r"consumer\.py: error: message (\S+) failed: ValueError\('broken\\nin two lines'\)"
+    error = r"consumer\.py: error: message '(\S+)' failed: ValueError\('broken\\nin two lines'\)"
     failed = [re.fullmatch(error, line) for line in consumer.stderr.splitlines()]
     ids = [message_id for _, message_id, body in tries if body in poison]
     assert Counter(match and match[1] for match in failed) == Counter(ids)
@@ -149,22 +149,62 @@ def test_what_the_handler_fails_on_at_first_is_handled_in_the_end(
     assert broker.depth(queue) == broker.depth(f"{queue}.dead") == 0
 
 
-@pytest.mark.parametrize("second", [("cancelled", b"order"), ("created", b"other")], ids=["other key", "other body"])
-def test_a_message_that_comes_again_is_not_taken_for_another_with_the_same_id(
-    start: Start, run: Run, queue: str, exchange: str, broker: Broker, second: tuple[str, bytes]
+def test_a_message_that_failed_is_not_taken_for_its_twin_that_was_handled(
+    start: Start, run: Run, queue: str, broker: Broker
 ) -> None:
     handle = failing("tries == 2")
-    arguments = ["-e", exchange, "-t", "direct", "-r", "created", "-r", "cancelled", "-q", queue]
-    run("consumer", *arguments, "--drain", handle=handle)  # declares the queue
-    for key, body in ("created", b"order"), second:
-        with broker.connect() as connection:
-            properties = pika.BasicProperties(message_id="order-1")
-            connection.channel().basic_publish(exchange, key, body, properties)
+    run("consumer", "-q", queue, "--drain", handle=handle)  # declares the queue
+    with broker.connect() as connection:
+        for _ in range(2):
+            connection.channel().basic_publish("", queue, b"order", pika.BasicProperties(message_id="order-1"))
 
-    consumer = start("consumer", *arguments, handle=handle)
+    consumer = start("consumer", "-q", queue, handle=handle)
 
     eventually(lambda: len(consumer.bodies) == 3, timeout=20)
     assert consumer.terminate() == 0
+
+
+def test_an_error_that_is_no_exception_is_one_of_the_handler_too(run: Run, queue: str, broker: Broker) -> None:
+    handle = failing("tries == 1").replace("raise ValueError", "import asyncio; raise asyncio.CancelledError")
+    run("consumer", "-q", queue, "--drain", handle=handle)  # declares the queue
+    run("producer", "-q", queue, "one")
+
+    consumer = run("consumer", "-q", queue, "-c", "2", handle=handle)
+
+    assert len(consumer.bodies) == 2
+
+
+def test_an_error_is_one_short_line_whatever_the_message_is(run: Run, queue: str, broker: Broker) -> None:
+    handle = f"{SHORT}\ndef handle(method, properties, body): body.decode()\n"
+    run("consumer", "-q", queue, "--drain", handle=handle)  # declares the queue
+    with broker.connect() as connection:
+        properties = pika.BasicProperties(message_id="an id\nconsumer.py: a forged line")
+        connection.channel().basic_publish("", queue, b"\xff" * 1_000_000, properties)
+
+    consumer = run("consumer", "-q", queue, "-c", "1", handle=handle)
+
+    (line,) = consumer.stderr.splitlines()
+    start = r"consumer.py: error: message 'an id\nconsumer.py: a forged line' failed: UnicodeDecodeError("
+    assert line.startswith(start)
+    assert len(line) < 1000
+
+
+def test_a_process_that_a_handler_forks_ends_when_it_is_told_to(run: Run, queue: str) -> None:
+    run("producer", "-q", queue, "one")
+    handle = """
+import multiprocessing
+def handle(method, properties, body):
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+    process = context.Process(target=lambda: (ready.set(), time.sleep(600)))
+    process.start()
+    ready.wait()
+    process.terminate()
+    process.join()
+    print("ended")
+"""
+
+    assert run("consumer", "-q", queue, "--drain", handle=handle).bodies == [b"ended"]
 
 
 def test_a_handler_that_exits_ends_the_program_as_it_says_and_leaves_the_rest_in_the_queue(

@@ -12,9 +12,9 @@ from typing import Any, Callable
 
 import pytest
 
-from broker import Broker
+from broker import Broker, eventually
 from broker import run as run_command
-from conftest import Depth, Run
+from conftest import Depth, Run, Start
 
 AMQPLIB = Path.home() / ".cache" / "amqplib-2.3.1"
 INSTALL_AMQPLIB = f"npm install --prefix {AMQPLIB} amqplib@2.3.1"
@@ -151,6 +151,26 @@ def test_a_message_comes_to_c_as_it_was_sent(
     assert amqp_tool("amqp-consume", "-q", subscription, "-c", "1", "cat") == second
 
     assert depth(subscription) == 0
+
+
+def test_a_message_that_cannot_be_decoded_moves_to_dead_and_the_others_are_handled(
+    start: Start, run: Run, queue: str, node: Callable[..., str], depth: Depth
+) -> None:
+    limit = 'consumer.QUEUE_ARGUMENTS.update({"x-delivery-limit": 3, "x-delayed-retry-min": 200})'
+    handle = f"{limit}\ndef handle(method, properties, body): print(body.decode())\n"
+    run("consumer", "-q", queue, "--drain", handle=handle)  # declares the queue
+    milliseconds = {"sent": {"!": "timestamp", "value": 1_764_078_683_000}}
+    for number in range(20):
+        headers = milliseconds if number == 5 else {}
+        node(PUBLISH, exchange="", key=queue, body=str(number), properties={"headers": headers})
+
+    consumer = start("consumer", "-q", queue, handle=handle)
+
+    eventually(lambda: depth(f"{queue}.dead") == 1, what=consumer.stderr)
+    eventually(lambda: len(set(consumer.bodies)) == 19)
+    assert consumer.terminate() == 0
+    assert (depth(queue), depth(f"{queue}.dead")) == (0, 1)
+    assert "out of range" in consumer.stderr
 
 
 def test_what_no_message_of_ours_looks_like_is_handled_too(

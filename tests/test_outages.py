@@ -207,6 +207,125 @@ def test_the_connect_timeout_of_a_consumer_begins_anew_with_each_outage(
     assert consumer.terminate() == 0
 
 
+TWINS: dict[str, dict[str, Any]] = {
+    "another routing key": {"routing_key": "cancelled"},
+    "another body": {"body": b"changed"},
+    "another header": {"headers": {"op": "delete"}},
+    "another type": {"type": "cancelled"},
+}
+
+
+def test_what_was_in_hand_when_the_connection_broke_is_handled_once(
+    start: Start, run: Run, queue: str, proxy: Proxy
+) -> None:
+    run("producer", "-q", queue, "one", "two")
+    handle = "def handle(method, properties, body): print(body.decode(), flush=True); time.sleep(1)"
+    consumer = start("consumer", "-q", queue, handle=handle, url=proxy.url)
+    eventually(lambda: consumer.bodies == [b"one"])
+
+    proxy.cut()
+
+    eventually(lambda: b"two" in consumer.bodies)
+    assert consumer.terminate() == 0
+    assert consumer.bodies == [b"one", b"two"]
+    assert run("consumer", "-q", queue, "--drain").bodies == []
+
+
+@pytest.mark.parametrize("second", TWINS.values(), ids=TWINS)
+def test_a_message_that_comes_again_after_an_outage_is_not_taken_for_another_with_its_id(
+    start: Start, run: Run, queue: str, exchange: str, broker: Broker, proxy: Proxy, second: dict[str, Any]
+) -> None:
+    handle = """
+calls = 0
+def handle(method, properties, body):
+    global calls
+    calls += 1
+    print(calls, flush=True)
+    if calls == 2:
+        time.sleep(1)
+        raise ValueError
+"""
+    # With a prefetch of one, the second comes when the first has been acknowledged.
+    arguments = ["-e", exchange, "-t", "topic", "-q", queue, "--prefetch", "1"]
+    run("consumer", *arguments, "--drain")
+    first: dict[str, Any] = {"routing_key": "created", "body": b"order", "headers": {"op": "create"}, "type": "created"}
+    with broker.connect() as connection:
+        for message in first, {**first, **second}:
+            key, body = message.pop("routing_key"), message.pop("body")
+            properties = pika.BasicProperties(message_id="order-1", **message)
+            connection.channel().basic_publish(exchange, key, body, properties)
+    consumer = start("consumer", *arguments, handle=handle, url=proxy.url)
+    eventually(lambda: consumer.bodies == [b"1", b"2"])
+
+    proxy.cut()
+
+    eventually(lambda: consumer.bodies == [b"1", b"2", b"3"], timeout=20)
+    assert consumer.terminate() == 0
+
+
+def test_drain_goes_on_after_an_outage(start: Start, run: Run, queue: str, proxy: Proxy) -> None:
+    run("producer", "-q", queue, *"12345")
+    handle = "def handle(method, properties, body): os.write(1, body + b'\\n'); time.sleep(0.1)"
+
+    consumer = start("consumer", "-q", queue, "--drain", handle=handle, url=proxy.url)
+    eventually(lambda: consumer.bodies)
+
+    proxy.cut()  # with all that is left in hand
+
+    assert consumer.end() == 0
+    assert set(consumer.bodies) == {b"1", b"2", b"3", b"4", b"5"}
+
+
+def test_an_input_that_ends_during_an_outage_is_published_if_nothing_is_left(
+    start: Start, queue: str, depth: Depth, proxy: Proxy
+) -> None:
+    producer = start("producer", "-q", queue, "-", url=proxy.url)
+    eventually(lambda: depth(queue) == 0, what="it is connected")
+
+    proxy.refuse()
+    eventually(lambda: len(tries(producer)) > 1)
+
+    assert producer.end() == 0
+    assert producer.stderr.splitlines()[-1] == "producer.py: 0 messages published"
+
+
+@pytest.mark.ours
+@pytest.mark.long
+def test_the_connect_timeout_of_a_producer_begins_anew_after_a_connection_that_lasted(
+    broker: Any, start: Start, queue: str
+) -> None:
+    producer = start("producer", "-q", queue, "-", "--connect-timeout", "1")
+    eventually(lambda: broker.depth(queue) == 0, what="it is connected")
+
+    broker.ctl("set_vm_memory_high_watermark", "0.00001")
+    try:
+        producer.write(b"one\n")
+        for count in 1, 2:
+            eventually(lambda count=count: producer.stderr.count("no answer for 10 s") == count)  # type: ignore[misc]
+            broker.ctl("close_all_connections", "maintenance")
+        eventually(lambda: producer.stderr.count("next try") == 2)
+    finally:
+        broker.ctl("set_vm_memory_high_watermark", "0.4")
+
+    assert producer.end() == 0, producer.stderr
+
+
+@pytest.mark.ours
+def test_a_limit_of_connections_is_waited_for(broker: Any, start: Start, run: Run, queue: str) -> None:
+    broker.ctl("set_vhost_limits", "-p", "/", '{"max-connections": 0}')
+    try:
+        scripts = [start(name, "-q", queue) for name in SCRIPTS]
+        for script in scripts:
+            eventually(lambda script=script: "connection limit" in script.stderr)  # type: ignore[misc]
+            assert script.process.poll() is None
+    finally:
+        broker.ctl("clear_vhost_limits", "-p", "/")
+
+    assert scripts[0].end() == 0
+    eventually(lambda: scripts[1].bodies == [b"Hello World!"])
+    assert scripts[1].terminate() == 0
+
+
 @pytest.mark.long
 def test_nothing_is_lost_when_the_connection_is_cut_twenty_times(
     start: Start, queue: str, depth: Depth, proxy: Proxy, rng: random.Random

@@ -197,6 +197,23 @@ def test_an_interrupted_idle_producer_says_that_its_lines_are_safe(
     assert producer.stderr.count("\n") == 1
 
 
+def test_a_producer_that_is_interrupted_twice_says_what_is_safe_nevertheless(
+    start: Start, queue: str, broker: Broker
+) -> None:
+    producers = [start("producer", "-q", queue, "-") for _ in range(5)]
+    for producer in producers:
+        producer.write(b"one\n")
+    eventually(lambda: broker.depth(queue) == len(producers))
+
+    for producer in producers:
+        producer.process.send_signal(signal.SIGINT)
+        assert stop(producer, signal.SIGTERM) in (130, -signal.SIGTERM)  # that it may get when Python has all but ended
+
+    for producer in producers:
+        assert safe(producer) in (0, 1)
+        assert producer.stderr.count("\n") == 1
+
+
 @pytest.fixture(params=["outage", "memory alarm"])
 def trouble(request: pytest.FixtureRequest, broker: ContainerBroker | LocalBroker) -> Iterator[Callable[[], object]]:
     """Makes the broker stop answering a publisher."""
