@@ -215,8 +215,9 @@ class Consumer:
         self.queue = options.queue
         self.remaining = options.count or sys.maxsize  # messages still to be handled
         self.delays = backoff(options.connect_timeout)
-        self.settled: Sequence[Outcome] = []  # at last; the acknowledgement may not have arrived
-        self.unacknowledged: deque[tuple[Any, ...]] = deque(maxlen=2 * options.prefetch)  # but handled; identities
+        self.settled: Sequence[Outcome] = []  # the last; their acknowledgement may not have arrived
+        # Identities of messages that were handled, but perhaps not acknowledged, when a connection broke.
+        self.unacknowledged: deque[tuple[Any, ...]] = deque(maxlen=2 * options.prefetch)
         self.losses = 0  # of the connection
         self.suspects = 0  # messages to be taken one by one after that, because pika may be unable to decode one
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()  # None ends the worker
