@@ -82,16 +82,18 @@ class Stop(Exception):
     """Ends the program; the text, if there is one, says what was not done and why."""
 
 
-def queue_declarations(queue: str | None) -> Iterator[dict[str, Any]]:
-    """For `queue_declare`: the queue NAME and NAME.dead, if there is a name."""
+def queue_declarations(queue: str | None) -> list[dict[str, Any]]:
+    """For `queue_declare`: the queue NAME and NAME.dead, if there is a name; the one that is asked for comes first."""
     if not queue:
-        return
+        return []
     name = queue[: -len(".dead")] if queue[1:].endswith(".dead") else queue
     arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{name}.dead"}
-    # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
-    limits = {name: QUEUE_ARGUMENTS["x-delivery-limit"], f"{name}.dead": 2**31 - 1}
-    for each in sorted(limits, key=lambda each: each != queue):  # the one that is asked for comes first
-        yield {"queue": each, "durable": True, "arguments": {**arguments, "x-delivery-limit": limits[each]}}
+    declarations = [
+        {"queue": name, "durable": True, "arguments": arguments},
+        # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
+        {"queue": f"{name}.dead", "durable": True, "arguments": {**arguments, "x-delivery-limit": 2**31 - 1}},
+    ]
+    return declarations if queue == name else declarations[::-1]
 
 
 def use_as_it_is(error: ChannelClosedByBroker) -> None:
@@ -307,7 +309,7 @@ class Consumer:
                 while not done.acquire(timeout=0.1):
                     self.receive(channel, waiting, timeout=0)
                     self.settle(channel, waiting, outcomes)
-                # What a lost connection had in hand waits in RabbitMQ 4.3, too, unseen, a second for each time.
+                # RabbitMQ 4.3 holds back what a lost connection had in hand, uncounted, a second for each time.
                 idle = idle and time.monotonic() - started >= 2 * self.losses
                 drained = idle and not (waiting or outcomes) and self.is_drained(channel)
                 if self.stopping or not self.remaining or drained:
@@ -352,11 +354,12 @@ class Consumer:
     def work(self) -> None:
         """Handle what is waiting, as long as there is something. Runs in a thread of its own, the worker."""
         half = (self.options.prefetch + 1) // 2  # is acknowledged while the broker sends the other
-        last: deque[Outcome] = deque()
+        previous: deque[Outcome] = deque()  # outcomes of the connection before
         for waiting, outcomes, done in iter(self.jobs.get, None):
-            if outcomes is not last:  # there is a new connection, and what was not acknowledged comes again
-                lost, self.settled, last = [*self.settled, *last], [], outcomes
+            if outcomes is not previous:  # there is a new connection, and what was not acknowledged comes again
+                lost = [*self.settled, *previous]
                 self.unacknowledged.extend(identity(delivery) for delivery, success in lost if success)
+                self.settled, previous = [], outcomes
             while self.remaining and not self.stopping and len(outcomes) < half:
                 try:
                     outcomes.append(self.attempt(waiting.popleft()))
@@ -395,9 +398,10 @@ class Consumer:
         if not settled:
             return
         self.settled = settled
-        suspects, self.suspects = self.suspects, max(0, self.suspects - len(settled))
-        if self.remaining < self.prefetch_count or (suspects and not self.suspects):
-            self.cancel(channel, waiting)  # because the broker sends a message for each that is settled
+        were_suspects, self.suspects = self.suspects, max(0, self.suspects - len(settled))
+        # The broker sends one for each that is settled: too many for the count, or too few when none is suspect now.
+        if self.remaining < self.prefetch_count or (were_suspects and not self.suspects):
+            self.cancel(channel, waiting)
         for (method, _, _), success in settled:
             if not success:
                 # Not basic_nack, which RabbitMQ 4.3 does not count. A private queue has no limit: drop the second time.

@@ -72,16 +72,18 @@ class Stop(Exception):
     """Ends the program; the text, if there is one, says what was not done and why."""
 
 
-def queue_declarations(queue: str | None) -> Iterator[dict[str, Any]]:
-    """For `queue_declare`: the queue NAME and NAME.dead, if there is a name."""
+def queue_declarations(queue: str | None) -> list[dict[str, Any]]:
+    """For `queue_declare`: the queue NAME and NAME.dead, if there is a name; the one that is asked for comes first."""
     if not queue:
-        return
+        return []
     name = queue[: -len(".dead")] if queue[1:].endswith(".dead") else queue
     arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{name}.dead"}
-    # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
-    limits = {name: QUEUE_ARGUMENTS["x-delivery-limit"], f"{name}.dead": 2**31 - 1}
-    for each in sorted(limits, key=lambda each: each != queue):  # the one that is asked for comes first
-        yield {"queue": each, "durable": True, "arguments": {**arguments, "x-delivery-limit": limits[each]}}
+    declarations = [
+        {"queue": name, "durable": True, "arguments": arguments},
+        # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
+        {"queue": f"{name}.dead", "durable": True, "arguments": {**arguments, "x-delivery-limit": 2**31 - 1}},
+    ]
+    return declarations if queue == name else declarations[::-1]
 
 
 def use_as_it_is(error: ChannelClosedByBroker) -> None:
@@ -231,8 +233,8 @@ class Producer:
                 self.delays = backoff(self.options.connect_timeout)
             if failure:
                 self.close()
-            if failure and not size:
-                pause(failure, self.delays, self.options)
+                if not size:
+                    pause(failure, self.delays, self.options)
             if not self.pending:  # even if the connection broke after the last confirmation
                 return self.unroutable - unroutable
             if not failure:

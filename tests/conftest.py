@@ -177,6 +177,22 @@ def start(broker: Broker, tmp_path: Path, python: str) -> Iterator[Start]:
             script.kill()
 
 
+class Gate:
+    """Holds up a handler that has `statement` in it, until it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.statement = f"while not os.path.exists({str(path)!r}): time.sleep(0.01)"
+
+    def open(self) -> None:
+        self.path.touch()
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
+
+
 Run = Callable[..., Script]
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from typing import Any
 
 import pika
 import pytest
 
 import producer
 from broker import Broker, eventually
-from conftest import Depth, Run, Script, Start, UntilConsuming
+from conftest import Depth, Gate, Run, Script, Start, UntilConsuming
 
 
 class Probe:
@@ -189,24 +188,22 @@ def test_consumers_of_one_queue_take_turns(
 
 
 def test_with_prefetch_1_a_slow_consumer_does_not_hold_up_the_others(
-    start: Start, run: Run, queue: str, until_consuming: UntilConsuming, depth: Depth, tmp_path: Any
+    start: Start, run: Run, queue: str, until_consuming: UntilConsuming, depth: Depth, gate: Gate
 ) -> None:
-    go_on = tmp_path / "go on"
-    until_told = f"""
+    handle = f"""
 def handle(method, properties, body):
     print("has", body.decode(), flush=True)
-    while not os.path.exists({str(go_on)!r}):
-        time.sleep(0.05)
+    {gate.statement}
     print("done", flush=True)
 """
-    slow = start("consumer", "-q", queue, "--prefetch", "1", handle=until_told)
+    slow = start("consumer", "-q", queue, "--prefetch", "1", handle=handle)
     quick = start("consumer", "-q", queue, "--prefetch", "1")
     until_consuming(queue, 2)
 
     run("producer", "-q", queue, *"12345678")
 
     eventually(lambda: slow.bodies and len(quick.bodies) == 7, what="the quick consumer does all but one")
-    go_on.touch()
+    gate.open()
     eventually(lambda: slow.bodies[1:] == [b"done"], what="the slow consumer goes on")
     assert [slow.terminate(), quick.terminate()] == [0, 0]
     assert sorted([slow.bodies[0][len("has ") :], *quick.bodies]) == [b"%d" % number for number in range(1, 9)]

@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -19,7 +20,7 @@ import pytest
 import producer
 from broker import Broker, eventually
 from cluster import Cluster, cluster_for
-from conftest import SCRIPTS, Depth, Run, Script, Start
+from conftest import SCRIPTS, Depth, Gate, Run, Script, Start
 from proxy import Proxy
 
 LINE = 64  # bytes
@@ -173,17 +174,24 @@ def test_scripts_that_start_before_the_broker_wait_for_it(broker: Any, start: St
 
 
 def test_a_consumer_that_gave_up_finishes_the_message_in_hand_when_told_to_stop(
-    start: Start, run: Run, queue: str, proxy: Proxy
+    start: Start, run: Run, queue: str, proxy: Proxy, gate: Gate
 ) -> None:
     run("producer", "-q", queue, "one")
-    handle = "def handle(method, properties, body): print('begun', flush=True); time.sleep(3); print('done')"
+    handle = f"""
+def handle(method, properties, body):
+    print("begun", flush=True)
+    {gate.statement}
+    print("done")
+"""
     consumer = start("consumer", "-q", queue, "--connect-timeout", "0", handle=handle, url=proxy.url)
     eventually(lambda: consumer.bodies == [b"begun"])
     proxy.refuse()
     eventually(lambda: consumer.stderr)
 
-    assert consumer.terminate() == 1
+    consumer.process.send_signal(signal.SIGTERM)
+    gate.open()
 
+    assert consumer.end() == 1
     assert consumer.bodies == [b"begun", b"done"]
     assert re.fullmatch(r"consumer\.py: error: 127.*\n", consumer.stderr)
 
@@ -216,14 +224,20 @@ TWINS: dict[str, dict[str, Any]] = {
 
 
 def test_what_was_in_hand_when_the_connection_broke_is_handled_once(
-    start: Start, run: Run, queue: str, proxy: Proxy
+    start: Start, run: Run, queue: str, proxy: Proxy, gate: Gate
 ) -> None:
     run("producer", "-q", queue, "one", "two")
-    handle = "def handle(method, properties, body): print(body.decode(), flush=True); time.sleep(1)"
+    handle = f"""
+def handle(method, properties, body):
+    print(body.decode(), flush=True)
+    {gate.statement}
+"""
     consumer = start("consumer", "-q", queue, handle=handle, url=proxy.url)
     eventually(lambda: consumer.bodies == [b"one"])
 
     proxy.cut()
+    eventually(lambda: tries(consumer))
+    gate.open()
 
     eventually(lambda: b"two" in consumer.bodies)
     assert consumer.terminate() == 0
@@ -233,16 +247,17 @@ def test_what_was_in_hand_when_the_connection_broke_is_handled_once(
 
 @pytest.mark.parametrize("second", TWINS.values(), ids=TWINS)
 def test_a_message_that_comes_again_after_an_outage_is_not_taken_for_another_with_its_id(
-    start: Start, run: Run, queue: str, exchange: str, broker: Broker, proxy: Proxy, second: dict[str, Any]
-) -> None:
-    handle = """
+    start: Start, run: Run, queue: str, exchange: str, broker: Broker, proxy: Proxy, gate: Gate,
+    second: dict[str, Any],
+) -> None:  # fmt: skip
+    handle = f"""
 calls = 0
 def handle(method, properties, body):
     global calls
     calls += 1
     print(calls, flush=True)
     if calls == 2:
-        time.sleep(1)
+        {gate.statement}
         raise ValueError
 """
     # With a prefetch of one, the second comes when the first has been acknowledged.
@@ -258,6 +273,8 @@ def handle(method, properties, body):
     eventually(lambda: consumer.bodies == [b"1", b"2"])
 
     proxy.cut()
+    eventually(lambda: "next try" in consumer.stderr)
+    gate.open()
 
     eventually(lambda: consumer.bodies == [b"1", b"2", b"3"], timeout=20)
     assert consumer.terminate() == 0

@@ -197,6 +197,21 @@ def test_an_interrupted_idle_producer_says_that_its_lines_are_safe(
     assert producer.stderr.count("\n") == 1
 
 
+def test_an_interrupted_producer_says_exactly_what_is_safe(start: Start, queue: str, broker: Broker) -> None:
+    arguments = {"x-queue-type": "quorum", "x-max-length": 3, "x-overflow": "reject-publish"}
+    with broker.connect() as connection:
+        connection.channel().queue_declare(queue, durable=True, arguments=arguments)
+    producer = start("producer", "-q", queue, "-")
+    for count in range(1, 10):
+        producer.write(b"%d\n" % count)
+        eventually(lambda count=count: broker.depth(queue) == count or "rejected" in producer.stderr)  # type: ignore[misc]
+
+    assert stop(producer) == 130
+
+    assert "rejected" in producer.stderr
+    assert safe(producer) == broker.depth(queue) > 0
+
+
 def test_a_producer_that_is_interrupted_twice_says_what_is_safe_nevertheless(
     start: Start, queue: str, broker: Broker
 ) -> None:
