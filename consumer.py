@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import io
 import itertools
 import logging
 import math
@@ -57,14 +58,14 @@ Job = Tuple[Deque[Delivery], Deque[Outcome], threading.Lock]  # what waits, what
 
 def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
     """Return when the message is done with. An exception has it delivered again later; Stop ends the program."""
-    write(body + b"\n")
+    sys.stdout.buffer.write(body + b"\n")
 
 
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
-FINAL = {  # errors that would be the same the next time, with what to do about them; the first that fits counts
-    "delivery acknowledgement": "",  # not final: a handler took longer than the broker waits
-    "connection limit": "",  # not final: the broker may still hold the connection that was lost
+FINAL = {  # what to do about errors that end the program, by a word in them; the first that fits counts
+    "delivery acknowledgement": "",  # does not end it: a handler took longer than the broker waits
+    "connection limit": "",  # does not end it: the broker may still hold the connection that was lost
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
     "NOT_FOUND - no exchange": "-t TYPE declares it",
@@ -83,17 +84,14 @@ class Stop(Exception):
 
 
 def queue_declarations(queue: str | None) -> list[dict[str, Any]]:
-    """For `queue_declare`: the queue NAME and NAME.dead, if there is a name; the one that is asked for comes first."""
+    """For `queue_declare`: the queue NAME and its NAME.dead; only the latter if that is asked for."""
     if not queue:
         return []
-    name = queue[: -len(".dead")] if queue[1:].endswith(".dead") else queue
-    arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{name}.dead"}
-    declarations = [
-        {"queue": name, "durable": True, "arguments": arguments},
-        # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
-        {"queue": f"{name}.dead", "durable": True, "arguments": {**arguments, "x-delivery-limit": 2**31 - 1}},
-    ]
-    return declarations if queue == name else declarations[::-1]
+    dead = queue if queue[1:].endswith(".dead") else f"{queue}.dead"
+    arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": dead}
+    # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
+    settings = {queue: arguments, dead: {**arguments, "x-delivery-limit": 2**31 - 1}}
+    return [{"queue": name, "durable": True, "arguments": settings[name]} for name in settings]
 
 
 def use_as_it_is(error: ChannelClosedByBroker) -> None:
@@ -162,7 +160,7 @@ def header(text: str) -> tuple[str, str]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # A URL may be given where none belongs.
+        # Hides the password of a URL that was given where none belongs, but not the form that `broker_urls` shows.
         super().error(re.sub("(?s)://.*@(?!HOST:PORT/VHOST)", "://...@", message))
 
 
@@ -189,15 +187,21 @@ def set_up(options: argparse.Namespace) -> None:
     logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # it has seven errors for one refused connection
 
 
-def write(data: bytes = b"") -> None:
-    """Standard output has what was printed, and the data; raises Stop, in silence if nobody reads on."""
-    try:
-        sys.stdout.flush()
-        while data:  # a pipe may take a part
-            data = data[os.write(1, data) :]
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # because Python flushes again when it exits
-        raise Stop("" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}") from error
+class Output(io.FileIO):
+    """Standard output, where what is printed arrives at once; raises Stop if it cannot, in silence if nobody reads on."""
+
+    failure: Stop | None = None  # kept, in case that `handle` catches it
+
+    def write(self, data: Any) -> int:
+        rest = data
+        try:
+            while rest:  # a pipe may take a part
+                rest = rest[os.write(1, rest) :]
+        except OSError as error:
+            text = "" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}"
+            Output.failure = Stop(text)
+            raise Output.failure from error
+        return len(data)
 
 
 def identity(delivery: Delivery) -> tuple[Any, ...]:
@@ -224,14 +228,18 @@ class Consumer:
         self.suspects = 0  # messages to be taken one by one after that, because pika may be unable to decode one
         self.jobs: SimpleQueue[Job | None] = SimpleQueue()  # None ends the worker
         self.stopping = self.interruptible = False
+        self.stopped_at = math.inf  # when the first signal came
         self.error: BaseException | None = None  # what `handle` ended the program with
 
     def stop(self, *_signal: Any) -> None:
         """Stop after the message in hand; the second time, at once."""
-        if self.stopping or os.getpid() != self.pid:  # or in a process that `handle` has forked
+        now = time.monotonic()
+        # Not the same moment, because `timeout` and others signal a process, and then the group that it is in.
+        if now > self.stopped_at + 0.5 or os.getpid() != self.pid:  # or in a process that `handle` has forked
             os._exit(130)  # everything else would wait for `handle`
-        self.stopping = True
+        self.stopping, self.stopped_at = True, min(now, self.stopped_at)
         if self.interruptible:
+            self.interruptible = False
             raise KeyboardInterrupt
 
     def run(self) -> None:
@@ -247,7 +255,6 @@ class Consumer:
                         break
                 except CONNECTION_ERRORS as error:
                     self.interruptible = True
-                    self.losses, self.suspects = self.losses + 1, self.options.prefetch
                     if not self.stopping:
                         pause(error, self.delays, self.options)
         finally:
@@ -292,25 +299,24 @@ class Consumer:
         outcomes: deque[Outcome] = deque()  # of its work
         done = threading.Lock()
         done.acquire()  # until the worker releases it
-        started, bound_at = time.monotonic(), -math.inf
+        started = bind_at = time.monotonic()
         self.prefetch_count = 0  # messages that the broker may send ahead; 0 while it is to send none
         try:
             while True:
-                if time.monotonic() - bound_at > 10:
+                if time.monotonic() >= bind_at:
                     self.bind(channel)  # again and again, because the broker does not tell when an exchange is deleted
-                    bound_at = time.monotonic()
+                    bind_at = time.monotonic() + 10
                 if not self.prefetch_count and not waiting:
-                    self.prefetch_count = 1 if self.suspects else min(self.options.prefetch, self.remaining)
+                    self.prefetch_count = self.allowed()
                     channel.basic_qos(prefetch_count=self.prefetch_count)
                 self.receive(channel, waiting, timeout=0 if waiting else 0.2)
                 self.delays = backoff(self.options.connect_timeout)  # all is well
-                idle = not waiting  # and nothing came
+                # RabbitMQ 4.3 holds back what a lost connection had in hand, uncounted, a second for each time.
+                idle = not waiting and time.monotonic() - started >= 2 * self.losses
                 self.jobs.put((waiting, outcomes, done))
                 while not done.acquire(timeout=0.1):
                     self.receive(channel, waiting, timeout=0)
                     self.settle(channel, waiting, outcomes)
-                # RabbitMQ 4.3 holds back what a lost connection had in hand, uncounted, a second for each time.
-                idle = idle and time.monotonic() - started >= 2 * self.losses
                 drained = idle and not (waiting or outcomes) and self.is_drained(channel)
                 if self.stopping or not self.remaining or drained:
                     break
@@ -320,6 +326,11 @@ class Consumer:
             channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)
         finally:
             waiting.clear()  # the broker delivers these again, perhaps to others
+            self.losses, self.suspects = self.losses + 1, self.options.prefetch
+
+    def allowed(self) -> int:
+        """How many messages the broker may have sent ahead, as things stand; `basic_qos` counts for a new consumer only."""
+        return min(1 if self.suspects else self.options.prefetch, self.remaining)
 
     def receive(self, channel: BlockingChannel, waiting: deque[Delivery], timeout: float) -> bool:
         """Serve the connection until messages arrive, for `timeout` seconds at most; whether any did."""
@@ -327,13 +338,14 @@ class Consumer:
             channel.connection.process_data_events(time_limit=timeout)
             return False
         messages: Iterator[Any] = channel.consume(queue=self.queue, inactivity_timeout=timeout)
-        for message in messages:
-            if message[0] is None:  # the time is over
-                return False
-            waiting.append(message)
-            waiting.extend(itertools.islice(messages, channel.get_waiting_message_count()))
-            return True
-        raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
+        message = next(messages, None)
+        if message is None:
+            raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
+        if message[0] is None:  # the time is over
+            return False
+        waiting.append(message)
+        waiting.extend(itertools.islice(messages, channel.get_waiting_message_count()))
+        return True
 
     def cancel(self, channel: BlockingChannel, waiting: deque[Delivery]) -> None:
         """Have the broker send no more."""
@@ -376,11 +388,10 @@ class Consumer:
         log.debug("exchange %r, routing key %r, headers %s, message id %s, redelivered %s", *place)
         if method.redelivered and properties.message_id and identity(delivery) in self.unacknowledged:
             self.unacknowledged.remove(identity(delivery))
-            return delivery, True
+            return delivery, True  # handled and counted before the connection broke
         success = True
         try:
             handle(method, properties, body)
-            write()  # what a `handle` prints has to be out before the message is acknowledged
         except (Stop, SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # such as asyncio's CancelledError
@@ -389,6 +400,9 @@ class Consumer:
             log.debug("", exc_info=error)
             if method.redelivered and "x-delivery-count" not in (properties.headers or {}):
                 time.sleep(1)  # a classic queue has neither limit nor delay
+        sys.stdout.flush()  # what `handle` printed has to be out before the message is acknowledged
+        if Output.failure:
+            raise Output.failure
         self.remaining -= 1  # before `settle` looks at it
         return delivery, success
 
@@ -398,9 +412,8 @@ class Consumer:
         if not settled:
             return
         self.settled = settled
-        were_suspects, self.suspects = self.suspects, max(0, self.suspects - len(settled))
-        # The broker sends one for each that is settled: too many for the count, or too few when none is suspect now.
-        if self.remaining < self.prefetch_count or (were_suspects and not self.suspects):
+        self.suspects = max(0, self.suspects - len(settled))
+        if self.prefetch_count != self.allowed():  # before the broker sends another for each that is settled
             self.cancel(channel, waiting)
         for (method, _, _), success in settled:
             if not success:
@@ -444,9 +457,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     set_up(options)
+    if not sys.stdout.isatty():
+        sys.stdout.flush()
+        text: dict[str, Any] = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors, "line_buffering": True}
+        sys.stdout = io.TextIOWrapper(Output(1, "w", closefd=False), **text)
     consumer = Consumer(options)
-    signal.signal(signal.SIGINT, consumer.stop)
-    signal.signal(signal.SIGTERM, consumer.stop)
+    for number in signal.SIGINT, signal.SIGTERM:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as in a shell's background jobs
+            signal.signal(number, consumer.stop)
     try:
         consumer.run()
     except KeyboardInterrupt:

@@ -38,7 +38,8 @@ from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosed
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
 CONNECT_TIMEOUT = 60  # seconds; a service that must not give up wants math.inf, one that must not wait 2
-READ_SIZE = 65536  # bytes of standard input; what one read gives is one batch, more is faster and takes more memory
+READ_SIZE = 2**19  # bytes of standard input that are read together, if they are there; more is faster for large lines,
+BATCH_SIZE = 2000  # messages that are sent before their confirmations are waited for; both take memory
 QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
     "x-delivery-limit": 20,  # a message that fails is delivered again as many times, then moved to NAME.dead;
@@ -52,9 +53,9 @@ QUEUE_ARGUMENTS = {
 
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
 CONNECTION_ERRORS = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
-FINAL = {  # errors that would be the same the next time, with what to do about them; the first that fits counts
-    "delivery acknowledgement": "",  # not final: a handler took longer than the broker waits
-    "connection limit": "",  # not final: the broker may still hold the connection that was lost
+FINAL = {  # what to do about errors that end the program, by a word in them; the first that fits counts
+    "delivery acknowledgement": "",  # does not end it: a handler took longer than the broker waits
+    "connection limit": "",  # does not end it: the broker may still hold the connection that was lost
     "ACCESS_REFUSED": "check user, password and permissions; names that start with amq. are reserved",
     "NOT_ALLOWED": "check the virtual host in the URL, and that the user may use it",
     "NOT_FOUND - no exchange": "-t TYPE declares it",
@@ -73,17 +74,14 @@ class Stop(Exception):
 
 
 def queue_declarations(queue: str | None) -> list[dict[str, Any]]:
-    """For `queue_declare`: the queue NAME and NAME.dead, if there is a name; the one that is asked for comes first."""
+    """For `queue_declare`: the queue NAME and its NAME.dead; only the latter if that is asked for."""
     if not queue:
         return []
-    name = queue[: -len(".dead")] if queue[1:].endswith(".dead") else queue
-    arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{name}.dead"}
-    declarations = [
-        {"queue": name, "durable": True, "arguments": arguments},
-        # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
-        {"queue": f"{name}.dead", "durable": True, "arguments": {**arguments, "x-delivery-limit": 2**31 - 1}},
-    ]
-    return declarations if queue == name else declarations[::-1]
+    dead = queue if queue[1:].endswith(".dead") else f"{queue}.dead"
+    arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": dead}
+    # NAME.dead keeps what it gets, where RabbitMQ 4 would otherwise drop it after 20 deliveries.
+    settings = {queue: arguments, dead: {**arguments, "x-delivery-limit": 2**31 - 1}}
+    return [{"queue": name, "durable": True, "arguments": settings[name]} for name in settings]
 
 
 def use_as_it_is(error: ChannelClosedByBroker) -> None:
@@ -152,7 +150,7 @@ def header(text: str) -> tuple[str, str]:
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        # A URL may be given where none belongs.
+        # Hides the password of a URL that was given where none belongs, but not the form that `broker_urls` shows.
         super().error(re.sub("(?s)://.*@(?!HOST:PORT/VHOST)", "://...@", message))
 
 
@@ -192,14 +190,14 @@ class Producer:
         run = uuid.uuid4()
         self.message_ids = (f"{run}-{number}" for number in itertools.count(1))
         self.pending: dict[int, Message] = {}  # by number; what leaves is what the broker has confirmed
-        self.given = 0  # number of the last message that was to be published
-        self.delays = backoff(options.connect_timeout)
+        self.confirmed = 0  # messages, the unroutable ones too
+        self.delays = backoff(options.connect_timeout)  # before Stop; begun anew when the broker shows that it is there
         self.unroutable = 0  # confirmed messages that no queue would receive
 
     @property
     def safe(self) -> int:
         """How many of all the messages given so far, from the first on, need not be sent again."""
-        return next(iter(self.pending), self.given + 1) - 1
+        return next(iter(self.pending), self.confirmed + 1) - 1
 
     def message(self, body: bytes, routing_key: str | None = None, **properties: Any) -> Message:
         """A persistent message to publish, which keeps its `message_id` when it is sent again."""
@@ -210,39 +208,28 @@ class Producer:
     def publish(self, messages: Iterable[Message]) -> int:
         """Publish; return how many messages no queue would receive. The broker has taken responsibility for the others.
 
-        Without messages, it keeps the connection alive, or tries once to renew it. Raises Stop if the broker refuses,
-        or is away for longer than `connect_timeout`; `publish(pending.values())` then goes on with what is not safe.
+        Raises Stop if the broker refuses, or is away for longer than `connect_timeout`. What is not safe is `pending`
+        then, and `publish([])` goes on with it, while other messages replace it.
+        With nothing to publish, it keeps the connection alive, or tries once to renew it.
         """
-        confirmed = self.given - len(self.pending)
-        self.pending = dict(enumerate(messages, confirmed + 1))
-        self.given = confirmed + len(self.pending)
-        size, unroutable = len(self.pending), self.unroutable
-        if size:
+        self.pending = dict(enumerate(messages, self.confirmed + 1)) or self.pending
+        size, unroutable = min(len(self.pending), BATCH_SIZE), self.unroutable
+        if size or self.connection:  # else the outage that the last call saw goes on
             self.delays = backoff(self.options.connect_timeout)
         while True:
-            before, failure, started = len(self.pending), None, time.monotonic()
             try:
                 self.send(size)
             except CONNECTION_ERRORS as error:
-                failure = error
+                self.close()
+                if getattr(error, "reply_code", 0) == 406 and size > 1:
+                    size //= 2  # one message is too large: let those before it through
+                elif self.pending or not size:  # else it broke after the last confirmation
+                    pause(error, self.delays, self.options)
             except BaseException:
                 self.connection = None  # and with it what is half sent
                 raise
-            lasted = self.connection and time.monotonic() - started > 10  # while the broker blocked it, for example
-            if not failure or len(self.pending) < before or lasted:
-                self.delays = backoff(self.options.connect_timeout)
-            if failure:
-                self.close()
-                if not size:
-                    pause(failure, self.delays, self.options)
-            if not self.pending:  # even if the connection broke after the last confirmation
+            if not self.pending:
                 return self.unroutable - unroutable
-            if not failure:
-                size *= 2  # again, after a 406
-            elif getattr(failure, "reply_code", 0) == 406 and size > 1:
-                size //= 2  # one message is too large: let those before it through
-            else:
-                pause(failure, self.delays, self.options)
 
     def send(self, size: int) -> None:
         """Publish the first `size` pending messages and wait for the confirmations; raises if some are rejected."""
@@ -272,6 +259,8 @@ class Producer:
             number = self.unconfirmed.pop(tag)
             if isinstance(frame.method, pika.spec.Basic.Ack):
                 _, properties, _ = self.pending.pop(number)
+                self.confirmed += 1
+                self.delays = backoff(self.options.connect_timeout)
                 if self.returned[properties.message_id]:
                     self.returned[properties.message_id] -= 1
                     self.unroutable += 1
@@ -340,6 +329,7 @@ class Producer:
             if self.connection and time.monotonic() > overdue:
                 log.warning("no answer for 10 s: is the broker, and are most of the nodes that have the queue, well?")
                 overdue = float("inf")
+                self.delays = backoff(self.options.connect_timeout)  # the broker is there, though it may block us
 
     def close(self) -> None:
         """Close the connection; wait for the broker's answer, 10 s at most."""
@@ -381,7 +371,8 @@ def read_lines(lines: queue.Queue[Sequence[bytes] | Stop | None]) -> None:
             if ended:
                 ended[0] = b"".join([*pieces, ended[0]])
                 pieces = []
-                lines.put(ended)
+                for start in range(0, len(ended), BATCH_SIZE):
+                    lines.put(ended[start : start + BATCH_SIZE])
             pieces.append(rest)
         if any(pieces):
             lines.put([b"".join(pieces)])
@@ -443,13 +434,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         status, reason = 130, "interrupted"
     except Stop as stop:
         status, reason = 1, str(stop)
-    safe, unroutable = producer.safe, producer.unroutable
+    safe, unroutable, confirmed = producer.safe, producer.unroutable, producer.confirmed
     if unroutable:
-        log.error("error: %d of %d messages were unroutable: no queue is bound for them", unroutable, safe)
+        log.error("error: %d of %d messages were unroutable: no queue is bound for them", unroutable, confirmed)
         status = status or 1
     if reason:
         resume = f", resume with: tail -n +{safe + 1}" if options.messages == ["-"] else ""
-        log.error("error: %s; %d messages are safe%s", reason, safe, resume)
+        log.error("error: %s; %d messages are safe%s", reason, max(0, safe - unroutable), resume)
     elif not unroutable:
         log.info("%d message%s published", safe, "s" * (safe != 1))
     return status

@@ -158,7 +158,7 @@ def start(broker: Broker, tmp_path: Path, python: str) -> Iterator[Start]:
         if handle:
             program = tmp_path / f"{uuid.uuid4().hex}.py"
             program.write_text(
-                f"import sys, time, os, consumer\n{handle}\nconsumer.handle = handle\nsys.exit(consumer.main())\n"
+                f"import contextlib, os, sys, time, consumer\n{handle}\nconsumer.handle = handle\nsys.exit(consumer.main())\n"
             )
             command[1] = str(program)
         environment = {**os.environ, "AMQP_URL": url or broker.url, "PYTHONPATH": str(ROOT), **options.pop("env", {})}

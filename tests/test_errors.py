@@ -464,6 +464,22 @@ def test_main_takes_its_arguments_and_returns_the_exit_code(run_program: RunProg
     assert len(done.stderr.splitlines()) == 3
 
 
+def test_what_no_queue_would_receive_is_not_safe(run_program: RunProgram) -> None:
+    done = run_program(
+        "import sys, producer\n"
+        "def batches(messages):\n"
+        "    yield [b'one', b'two']\n"
+        "    raise KeyboardInterrupt\n"
+        "producer.batches = batches\n"
+        "sys.exit(producer.main(['-e', 'amq.topic', '-r', 'nobody']))\n"
+    )
+
+    assert done.returncode == 130
+    unroutable, last = done.stderr.splitlines()
+    assert "error: 2 of 2 messages were unroutable" in unroutable
+    assert last.endswith("error: interrupted; 0 messages are safe")
+
+
 OTHER_SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "a classic queue": ({}, "x-queue-type|'durable'|'type'|x-delivery-limit|x-dead-letter"),
     "a classic queue with a limit": ({"x-max-length": 10}, "x-"),

@@ -21,10 +21,10 @@ import producer
 from broker import Broker, eventually
 from cluster import Cluster, cluster_for
 from conftest import SCRIPTS, Depth, Gate, Run, Script, Start
+from producer import BATCH_SIZE
 from proxy import Proxy
 
 LINE = 64  # bytes
-BATCH = 65536 // LINE  # messages that the producer has in flight at most
 PREFETCH = 10  # messages that the consumer has in hand at most
 HANDLE = "def handle(method, properties, body): print(properties.message_id, body.decode())"
 
@@ -116,7 +116,7 @@ class Stream:
         lost = sorted(set(range(1, self.sent + 1)).difference(self.handled.numbers))
         assert not lost, f"{len(lost)} of {self.sent} confirmed messages are lost: {lost[0]} to {lost[-1]}"
         assert len(set(messages)) == self.sent  # what came twice had the same message id
-        assert len(messages) - self.sent <= faults * (BATCH + PREFETCH)
+        assert len(messages) - self.sent <= faults * (BATCH_SIZE + PREFETCH)
         eventually(lambda: depth(self.queue) == 0)
         assert depth(f"{self.queue}.dead") == 0
 
@@ -171,6 +171,18 @@ def test_scripts_that_start_before_the_broker_wait_for_it(broker: Any, start: St
     eventually(lambda: consumer.bodies == [b"Hello World!"])
     assert consumer.terminate() == 0
     assert max(tries(producer) + tries(consumer)) <= 5
+
+
+def test_drain_does_not_take_the_wait_for_a_broker_for_an_outage(start: Start, queue: str, proxy: Proxy) -> None:
+    proxy.refuse()
+    consumer = start("consumer", "-q", queue, "--drain", url=proxy.url)
+    eventually(lambda: consumer.stderr.count("next try") > 7)
+    tries = consumer.stderr.count("next try")
+
+    proxy.listen()
+    eventually(lambda: proxy.lines)
+
+    assert consumer.end(timeout=tries) == 0  # after an outage it would wait for twice as many seconds
 
 
 def test_a_consumer_that_gave_up_finishes_the_message_in_hand_when_told_to_stop(
@@ -512,27 +524,48 @@ def test_what_was_confirmed_before_the_connection_broke_needs_no_other(broker: B
     assert sender.safe == 1
 
 
-def test_what_was_given_up_is_not_safe_after_the_next_call(broker: Broker, queue: str) -> None:
+class Counting(producer.Producer):
+    most = 0  # messages that were on their way at once
+
+    def on_confirm(self, frame: Any) -> None:
+        self.most = max(self.most, len(self.unconfirmed))
+        super().on_confirm(frame)
+
+
+def test_the_connection_is_served_while_any_number_of_messages_is_published(
+    broker: Broker, queue: str, depth: Depth
+) -> None:
+    sender = Counting(producer.parse(["--url", broker.url, "-q", queue]))
+
+    assert sender.publish(sender.message(b"") for _ in range(2 * BATCH_SIZE + 1)) == 0
+
+    assert sender.most == BATCH_SIZE
+    assert sender.safe == 2 * BATCH_SIZE + 1
+    eventually(lambda: depth(queue) == sender.safe)
+    sender.close()
+
+
+def test_other_messages_take_the_place_of_what_was_given_up(broker: Broker, queue: str) -> None:
     sender = producer.Producer(producer.parse(["--url", "amqp://127.0.0.1:1", "-q", queue, "--connect-timeout", "0"]))
     with pytest.raises(producer.Stop):
         sender.publish([sender.message(b"one"), sender.message(b"two")])
 
     sender.options.url = producer.broker_urls(broker.url)
 
-    assert (sender.publish([]), sender.safe) == (0, 0)
-    sender.publish([sender.message(b"one")])
-    assert sender.safe == 1
+    assert (sender.publish([sender.message(b"another")]), sender.safe) == (0, 1)
     sender.close()
 
 
-def test_what_was_given_up_can_be_published_by_the_next_call(run: Run, broker: Broker, queue: str) -> None:
+def test_the_next_call_without_messages_goes_on_with_what_was_given_up(run: Run, broker: Broker, queue: str) -> None:
     sender = producer.Producer(producer.parse(["--url", "amqp://127.0.0.1:1", "-q", queue, "--connect-timeout", "0"]))
     with pytest.raises(producer.Stop):
         sender.publish([sender.message(b"%d" % number, message_id=f"id-{number}") for number in range(3)])
+    with pytest.raises(producer.Stop):
+        sender.publish([])
 
     sender.options.url = producer.broker_urls(broker.url)
 
-    assert (sender.publish(sender.pending.values()), sender.safe) == (0, 3)
+    assert (sender.publish([]), sender.safe) == (0, 3)
     sender.close()
     consumer = run("consumer", "-q", queue, "--drain", "-v")
     assert consumer.bodies == [b"0", b"1", b"2"]
@@ -578,7 +611,7 @@ def test_a_producer_that_gave_up_says_where_to_resume(
     run("producer", "-q", queue, "-", input=rest)
     numbers = [int(body) for body in run("consumer", "-q", queue, "--drain", "--prefetch", "300").bodies]
     assert set(numbers) == set(range(1, 100_001))
-    assert len(numbers) - 100_000 <= BATCH
+    assert len(numbers) - 100_000 <= BATCH_SIZE
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import time
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
 
 import pytest
 
@@ -90,6 +90,49 @@ def test_a_stopped_consumer_finishes_the_message_in_hand_and_gives_back_the_othe
     assert consumer.stderr == ""
     assert broker.depth(queue) == 2
     assert run("consumer", "-q", queue, "--drain").bodies == [b"two", b"three"]
+
+
+def test_background_jobs_of_a_shell_go_on_after_control_c(
+    start: Start, queue: str, until_consuming: UntilConsuming
+) -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    producer, consumer = (
+        start(name, "-q", queue, *rest, preexec_fn=ignore) for name, *rest in (["producer", "-"], ["consumer"])
+    )
+    until_consuming(queue)
+    producer.write(b"one\n")
+    eventually(lambda: consumer.bodies == [b"one"])
+
+    producer.process.send_signal(signal.SIGINT)
+    consumer.process.send_signal(signal.SIGINT)
+    producer.write(b"two\n")
+
+    assert producer.end() == 0
+    eventually(lambda: consumer.bodies == [b"one", b"two"])
+    assert stop(consumer) == 0
+
+
+@SIGNALS
+def test_a_signal_that_comes_twice_at_once_counts_once(
+    run: Run, queue: str, broker: Broker, number: signal.Signals
+) -> None:
+    handle = f"""
+import signal
+def handle(method, properties, body):
+    for _ in range(2):  # as `timeout` does
+        os.kill(os.getpid(), {number:d})
+        while not signal.getsignal({number:d}).__self__.stopping: time.sleep(0.001)
+    time.sleep(0.2)
+    os.write(1, body + b"\\n")
+"""
+    run("producer", "-q", queue, "one")
+
+    consumer = run("consumer", "-q", queue, handle=handle)
+
+    assert consumer.bodies == [b"one"]
+    assert broker.depth(queue) == 0
 
 
 @SIGNALS
@@ -352,26 +395,33 @@ def handle(method, properties, body):
     assert consumer.stderr.count("failed: ValueError()") == consumer.stderr.count("\n") == 1
 
 
-PRINTING = "def handle(method, properties, body):\n    print(body.decode())\n"
-OUTPUTS = pytest.mark.parametrize(
-    ("handle", "env"),
-    [
-        ("", {"PYTHONUNBUFFERED": ""}),
-        ("", {"PYTHONUNBUFFERED": "1"}),
-        (PRINTING, {"PYTHONUNBUFFERED": ""}),
-    ],
-    ids=["buffered", "unbuffered", "print"],
-)
+PRINTING = """
+def handle(method, properties, body):
+    print(body.decode())
+"""
+HANDLERS = {
+    "its own": "",
+    "print": PRINTING,
+    "print and flush": PRINTING.replace("decode()", "decode(), flush=True"),
+    "print much": PRINTING.replace("decode()", "decode().ljust(20_000)"),
+    "print and ignore errors": PRINTING.replace("    print", "    with contextlib.suppress(Exception): print"),
+}
 
 
-@OUTPUTS
+def outputs(test: Any) -> Any:
+    """Run the test with all handlers, and with and without Python's buffer."""
+    test = pytest.mark.parametrize("env", [{"PYTHONUNBUFFERED": ""}, {"PYTHONUNBUFFERED": "1"}], ids=["", "-u"])(test)
+    return pytest.mark.parametrize("handle", HANDLERS.values(), ids=HANDLERS)(test)
+
+
+@outputs
 def test_a_closed_output_stops_the_consumer_in_silence(
     start: Start, run: Run, queue: str, broker: Broker, handle: str, env: dict[str, str]
 ) -> None:
     run("producer", "-q", queue, "one")
     consumer = start("consumer", "-q", queue, stdout=subprocess.PIPE, handle=handle, env=env)
     assert consumer.process.stdout
-    assert consumer.process.stdout.readline() == b"one\n"
+    assert consumer.process.stdout.readline().rstrip() == b"one"
 
     consumer.process.stdout.close()
     run("producer", "-q", queue, "two", "three")
@@ -383,7 +433,7 @@ def test_a_closed_output_stops_the_consumer_in_silence(
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
-@OUTPUTS
+@outputs
 def test_a_full_disk_stops_the_consumer_with_the_reason(
     start: Start, run: Run, queue: str, broker: Broker, handle: str, env: dict[str, str]
 ) -> None:
