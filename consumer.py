@@ -234,7 +234,7 @@ class Consumer:
     def stop(self, *_signal: Any) -> None:
         """Stop after the message in hand; the second time, at once."""
         now = time.monotonic()
-        # Not the same moment, because `timeout` and others signal a process, and then the group that it is in.
+        # Half a second apart, because `timeout` and others signal a process and then, again, the group that it is in.
         if now > self.stopped_at + 0.5 or os.getpid() != self.pid:  # or in a process that `handle` has forked
             os._exit(130)  # everything else would wait for `handle`
         self.stopping, self.stopped_at = True, min(now, self.stopped_at)

@@ -339,6 +339,8 @@ class Producer:
             while not self.connection.is_closed and time.monotonic() < deadline:
                 self.ioloop.poll()
                 self.ioloop.process_timeouts()
+        if self.connection:
+            self.ioloop.close()
         self.connection = None
 
 

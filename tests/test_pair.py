@@ -26,6 +26,16 @@ def test_hello_world_goes_from_the_producer_to_the_consumer(run: Run, queue: str
     assert consumer.stderr == ""
 
 
+def test_nothing_is_left_open(run: Run, queue: str) -> None:
+    complain = {"PYTHONDEVMODE": "1"}
+
+    producer = run("producer", "-q", queue, env=complain)
+    consumer = run("consumer", "-q", queue, "--drain", env=complain)
+
+    assert producer.stderr == "producer.py: 1 message published\n"
+    assert consumer.stderr == ""
+
+
 def test_each_argument_is_a_message(run: Run, queue: str) -> None:
     run("producer", "one", "-q", queue, "two", "", "--", "-v", "\udcff\udcfe")
 
