@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import io
 import itertools
 import logging
 import math
@@ -30,7 +29,7 @@ import threading
 import time
 from collections import deque
 from queue import SimpleQueue
-from typing import Any, Deque, Iterator, NoReturn, Sequence, Tuple
+from typing import Any, Callable, Deque, Iterator, NoReturn, Sequence, Tuple
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
@@ -58,7 +57,7 @@ Job = Tuple[Deque[Delivery], Deque[Outcome], threading.Lock]  # what waits, what
 
 def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
     """Return when the message is done with. An exception has it delivered again later; Stop ends the program."""
-    sys.stdout.buffer.write(body + b"\n")
+    write(body + b"\n")
 
 
 # What follows, down to `set_up`, is the same in producer.py and consumer.py.
@@ -187,21 +186,31 @@ def set_up(options: argparse.Namespace) -> None:
     logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # it has seven errors for one refused connection
 
 
-class Output(io.FileIO):
-    """Standard output, where what is printed arrives at once; raises Stop if it cannot, in silence if nobody reads on."""
+failures: list[Stop] = []  # of standard output; kept, because `handle` may catch what `print` raises
 
-    failure: Stop | None = None  # kept, in case that `handle` catches it
 
-    def write(self, data: Any) -> int:
-        rest = data
+def writing(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, which now raises Stop if standard output cannot be written, in silence if nobody reads on."""
+
+    def wrapper(*arguments: Any) -> Any:
         try:
-            while rest:  # a pipe may take a part
-                rest = rest[os.write(1, rest) :]
+            return function(*arguments)
         except OSError as error:
-            text = "" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}"
-            Output.failure = Stop(text)
-            raise Output.failure from error
-        return len(data)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # because Python flushes again when it exits
+            failures.append(Stop("" if isinstance(error, BrokenPipeError) else f"standard output: {error.strerror}"))
+            raise failures[0] from error
+
+    return wrapper
+
+
+@writing
+def write(data: bytes = b"") -> None:
+    """Standard output has what was printed, and the data; or else raises Stop."""
+    sys.stdout.flush()
+    while data:  # a pipe may take a part
+        data = data[os.write(1, data) :]
+    if failures:
+        raise failures[0]
 
 
 def identity(delivery: Delivery) -> tuple[Any, ...]:
@@ -232,9 +241,9 @@ class Consumer:
         self.error: BaseException | None = None  # what `handle` ended the program with
 
     def stop(self, *_signal: Any) -> None:
-        """Stop after the message in hand; the second time, at once."""
+        """Stop after the message in hand; at once, if told again more than half a second later."""
         now = time.monotonic()
-        # Half a second apart, because `timeout` and others signal a process and then, again, the group that it is in.
+        # Not sooner, because `timeout` and others signal a process and then, again, the group that it is in.
         if now > self.stopped_at + 0.5 or os.getpid() != self.pid:  # or in a process that `handle` has forked
             os._exit(130)  # everything else would wait for `handle`
         self.stopping, self.stopped_at = True, min(now, self.stopped_at)
@@ -326,10 +335,10 @@ class Consumer:
             channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)
         finally:
             waiting.clear()  # the broker delivers these again, perhaps to others
-            self.losses, self.suspects = self.losses + 1, self.options.prefetch
+            self.losses, self.suspects = self.losses + 1, self.options.prefetch  # if there is another connection
 
     def allowed(self) -> int:
-        """How many messages the broker may have sent ahead, as things stand; `basic_qos` counts for a new consumer only."""
+        """How many messages the broker may send ahead now; a change takes effect with a new `consume` only."""
         return min(1 if self.suspects else self.options.prefetch, self.remaining)
 
     def receive(self, channel: BlockingChannel, waiting: deque[Delivery], timeout: float) -> bool:
@@ -400,9 +409,7 @@ class Consumer:
             log.debug("", exc_info=error)
             if method.redelivered and "x-delivery-count" not in (properties.headers or {}):
                 time.sleep(1)  # a classic queue has neither limit nor delay
-        sys.stdout.flush()  # what `handle` printed has to be out before the message is acknowledged
-        if Output.failure:
-            raise Output.failure
+        write()  # what `handle` printed has to be out before the message is acknowledged
         self.remaining -= 1  # before `settle` looks at it
         return delivery, success
 
@@ -457,10 +464,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     set_up(options)
-    if not sys.stdout.isatty():
-        sys.stdout.flush()
-        text: dict[str, Any] = {"encoding": sys.stdout.encoding, "errors": sys.stdout.errors, "line_buffering": True}
-        sys.stdout = io.TextIOWrapper(Output(1, "w", closefd=False), **text)
+    for name in "write", "flush":  # which `print` uses
+        setattr(sys.stdout, name, writing(getattr(sys.stdout, name)))
     consumer = Consumer(options)
     for number in signal.SIGINT, signal.SIGTERM:
         if signal.getsignal(number) != signal.SIG_IGN:  # as in a shell's background jobs

@@ -38,8 +38,10 @@ from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosed
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
 CONNECT_TIMEOUT = 60  # seconds; a service that must not give up wants math.inf, one that must not wait 2
-READ_SIZE = 2**19  # bytes of standard input that are read together, if they are there; more is faster for large lines,
-BATCH_SIZE = 2000  # messages that are sent before their confirmations are waited for; both take memory
+READ_SIZE = (
+    2**19
+)  # bytes of standard input that one read takes at most; more is faster for large lines, and takes memory
+BATCH_SIZE = 2000  # messages that are sent before their confirmations are waited for; more takes memory
 QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
     "x-delivery-limit": 20,  # a message that fails is delivered again as many times, then moved to NAME.dead;
@@ -190,7 +192,7 @@ class Producer:
         run = uuid.uuid4()
         self.message_ids = (f"{run}-{number}" for number in itertools.count(1))
         self.pending: dict[int, Message] = {}  # by number; what leaves is what the broker has confirmed
-        self.confirmed = 0  # messages, the unroutable ones too
+        self.confirmed = 0  # messages, the unroutable ones too; numbers go on from here
         self.delays = backoff(options.connect_timeout)  # before Stop; begun anew when the broker shows that it is there
         self.unroutable = 0  # confirmed messages that no queue would receive
 
@@ -208,13 +210,13 @@ class Producer:
     def publish(self, messages: Iterable[Message]) -> int:
         """Publish; return how many messages no queue would receive. The broker has taken responsibility for the others.
 
-        Raises Stop if the broker refuses, or is away for longer than `connect_timeout`. What is not safe is `pending`
-        then, and `publish([])` goes on with it, while other messages replace it.
+        Raises Stop if the broker refuses, or is away for longer than `connect_timeout`. What is not safe is in `pending`
+        then: `publish([])` tries it again, `publish(others)` and `pending.clear()` give it up.
         With nothing to publish, it keeps the connection alive, or tries once to renew it.
         """
         self.pending = dict(enumerate(messages, self.confirmed + 1)) or self.pending
         size, unroutable = min(len(self.pending), BATCH_SIZE), self.unroutable
-        if size or self.connection:  # else the outage that the last call saw goes on
+        if size or self.connection:  # else this is one more try in the outage of the last call
             self.delays = backoff(self.options.connect_timeout)
         while True:
             try:
@@ -284,6 +286,7 @@ class Producer:
         create = pika.SelectConnection.create_connection
         connection = self.call(create, "on_done", connection_configs=options.url, custom_ioloop=self.ioloop)
         if not isinstance(connection, pika.SelectConnection):  # but an AMQPConnectionWorkflowFailed
+            self.ioloop.close()
             raise connection.exceptions[-1]
         self.connection = connection
         connection.add_on_connection_blocked_callback(

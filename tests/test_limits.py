@@ -77,6 +77,19 @@ def test_memory_does_not_grow_with_the_input(start: Start, queue: str, broker: B
         assert many < 1.3 * few, peaks
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_does_not_grow_with_the_lines_that_one_read_gives(start: Start, queue: str, broker: Broker) -> None:
+    peaks = []
+    for count in 1000, 100_000:
+        producer = start("producer", "-q", queue, "-")
+        producer.write(b"\n" * count)
+        eventually(lambda count=count: broker.depth(queue) >= count)  # type: ignore[misc]
+        peaks.append(peak_memory(producer.process.pid))
+        assert producer.end() == 0
+
+    assert peaks[1] < 1.5 * peaks[0], peaks
+
+
 class TLSProxy:
     """Terminates TLS in front of the broker, for one connection after the other."""
 

@@ -13,6 +13,7 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
+import consumer
 from broker import Broker, ContainerBroker, LocalBroker, eventually, free_ports
 from conftest import Run, Script, Start, UntilConsuming
 
@@ -135,6 +136,16 @@ def handle(method, properties, body):
     assert broker.depth(queue) == 0
 
 
+def test_a_signal_interrupts_the_wait_for_a_broker_once() -> None:
+    waiting = consumer.Consumer(consumer.parse([]))
+    waiting.interruptible = True
+
+    with pytest.raises(KeyboardInterrupt):
+        waiting.stop()
+
+    waiting.stop()  # while the first one is dealt with
+
+
 @SIGNALS
 def test_a_second_signal_ends_a_handler_that_takes_forever(
     start: Start, run: Run, queue: str, number: signal.Signals
@@ -210,7 +221,7 @@ def safe(producer: Script) -> int:
 def test_an_interrupted_producer_says_how_many_lines_are_safe(
     start: Start, run: Run, queue: str, broker: Broker, number: signal.Signals
 ) -> None:
-    lines = [b"%0100d" % number for number in range(200_000)]  # 650 a batch
+    lines = [b"%0100d" % number for number in range(200_000)]
     producer = start("producer", "-q", queue, "-", input=b"\n".join(lines))
     eventually(lambda: broker.depth(queue) > 2000)
 
@@ -404,6 +415,9 @@ HANDLERS = {
     "print": PRINTING,
     "print and flush": PRINTING.replace("decode()", "decode(), flush=True"),
     "print much": PRINTING.replace("decode()", "decode().ljust(20_000)"),
+    "print to what was stdout before": PRINTING.replace("def", "out = sys.stdout\ndef").replace(
+        "decode()", "decode(), file=out"
+    ),
     "print and ignore errors": PRINTING.replace("    print", "    with contextlib.suppress(Exception): print"),
 }
 
