@@ -190,7 +190,7 @@ failures: list[Stop] = []  # of standard output; kept, because `handle` may catc
 
 
 def writing(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, which now raises Stop if standard output cannot be written, in silence if nobody reads on."""
+    """The function, but it raises Stop if standard output cannot be written, in silence if nobody reads on."""
 
     def wrapper(*arguments: Any) -> Any:
         try:

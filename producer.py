@@ -38,10 +38,8 @@ from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosed
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
 CONNECT_TIMEOUT = 60  # seconds; a service that must not give up wants math.inf, one that must not wait 2
-READ_SIZE = (
-    2**19
-)  # bytes of standard input that one read takes at most; more is faster for large lines, and takes memory
-BATCH_SIZE = 2000  # messages that are sent before their confirmations are waited for; more takes memory
+READ_SIZE = 2**19  # bytes of standard input that one read takes at most; more is faster for large lines
+BATCH_SIZE = 2000  # messages that are sent before their confirmations are waited for; both sizes take memory
 QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
     "x-delivery-limit": 20,  # a message that fails is delivered again as many times, then moved to NAME.dead;
@@ -445,7 +443,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = status or 1
     if reason:
         resume = f", resume with: tail -n +{safe + 1}" if options.messages == ["-"] else ""
-        log.error("error: %s; %d messages are safe%s", reason, max(0, safe - unroutable), resume)
+        routed = max(0, safe - unroutable)  # at least; some that are unroutable may come after one that is not safe
+        log.error("error: %s; %d messages are safe%s", reason, routed, resume)
     elif not unroutable:
         log.info("%d message%s published", safe, "s" * (safe != 1))
     return status

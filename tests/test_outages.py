@@ -26,6 +26,13 @@ from proxy import Proxy
 
 LINE = 64  # bytes
 PREFETCH = 10  # messages that the consumer has in hand at most
+COUNTING = """
+calls = 0
+def handle(method, properties, body):
+    global calls
+    calls += 1
+    print(calls, flush=True)
+"""
 HANDLE = "def handle(method, properties, body): print(properties.message_id, body.decode())"
 
 
@@ -176,15 +183,10 @@ def test_scripts_that_start_before_the_broker_wait_for_it(broker: Any, start: St
 def test_after_an_outage_a_consumer_takes_its_prefetch_again(
     start: Start, run: Run, queue: str, proxy: Proxy, gate: Gate, depth: Depth
 ) -> None:
-    handle = f"""
-count = 0
-def handle(method, properties, body):
-    global count
-    count += 1
-    print(count, flush=True)
-    if count == 3:
+    handle = f"""{COUNTING}
+    if calls == 3:
         {gate.statement}
-    while count == 40: time.sleep(0.01)
+    while calls == 40: time.sleep(0.01)
 """
     run("producer", "-q", queue, *map(str, range(60)))
     consumer = start("consumer", "-q", queue, "--prefetch", "10", handle=handle, url=proxy.url)
@@ -288,12 +290,7 @@ def test_a_message_that_comes_again_after_an_outage_is_not_taken_for_another_wit
     start: Start, run: Run, queue: str, exchange: str, broker: Broker, proxy: Proxy, gate: Gate,
     second: dict[str, Any],
 ) -> None:  # fmt: skip
-    handle = f"""
-calls = 0
-def handle(method, properties, body):
-    global calls
-    calls += 1
-    print(calls, flush=True)
+    handle = f"""{COUNTING}
     if calls == 2:
         {gate.statement}
         raise ValueError
