@@ -5,8 +5,7 @@
 
 Guaranteed: a message is acknowledged after `handle` returned; whatever breaks before, it comes again. If `handle`
 fails, it comes later, and moves to the queue NAME.dead in the end. `handle` may take 30 minutes. Outages are waited for.
-Not guaranteed: that a message comes only once, nor the order of those that come again. A private queue (-e without
--q) lives as long as its consumer's connection, and has no limit for messages that fail.
+Not guaranteed: that a message comes once only, nor in order. A private queue (-e without -q) ends with its connection.
 
 To make it yours, replace `handle`. The other half of the pair is producer.py.
 """
@@ -36,7 +35,7 @@ from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosed
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
 CONNECT_TIMEOUT = math.inf  # seconds; a service that is restarted by something else may want less
-PREFETCH = 10  # 1 for jobs of minutes, because all must be done within 30 minutes; 100 to 300 for the highest rate
+PREFETCH = 10  # taken in advance, all to be done in 30 minutes: 1 for jobs of minutes, 100 to 300 for the highest rate
 QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
     "x-delivery-limit": 20,  # how often a message that `handle` fails on comes again before it moves to NAME.dead
@@ -70,7 +69,7 @@ def declare(connection: pika.BlockingConnection, options: argparse.Namespace) ->
     if exchange:
         kind = options.type or "direct"  # ignored by a passive declaration, which asks whether the exchange exists
         channel.exchange_declare(exchange=exchange, exchange_type=kind, durable=True, passive=not options.type)
-    if queue and not queue.endswith(".dead"):  # that one is declared together with its NAME
+    if queue and not queue.endswith(".dead"):  # NAME.dead is declared together with NAME
         arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{queue}.dead"}
         try:
             channel.queue_declare(queue=queue, durable=True, arguments=arguments)
@@ -94,7 +93,7 @@ def retry_delay(error: BaseException, outage_began: float, options: argparse.Nam
     lasted, text = time.monotonic() - outage_began, describe(error, options)
     if lasted >= options.connect_timeout or any(words in text for words in FINAL):
         raise error
-    delay = random.uniform(0.5, 1) * min(0.5 + lasted, 5)
+    delay = random.uniform(0.5, 1) * min(0.5 + lasted, 5)  # random, so that clients do not all come at once
     log.warning("%s; next try in %.1f s", text, delay, exc_info=options.verbose)
     options.urls.append(options.urls.pop(0))  # each try is at the next URL
     return delay
@@ -102,15 +101,14 @@ def retry_delay(error: BaseException, outage_began: float, options: argparse.Nam
 
 def broker_urls(text: str) -> list[pika.URLParameters]:
     """The connection parameters of each URL; errors do not repeat the URL, because of its password."""
-    with contextlib.suppress(Exception):  # of many types
-        if text.startswith(("amqp://", "amqps://")):
-            return [pika.URLParameters(url) for url in text.replace(",amqp", " amqp").split()]  # has other commas
+    with contextlib.suppress(Exception):  # pika raises many types
+        if text.startswith(("amqp://", "amqps://")):  # no split(","), because a URL can contain commas
+            return [pika.URLParameters(url) for url in text.replace(",amqp", " amqp").split()]
     raise argparse.ArgumentTypeError("expected amqp://USER:PASSWORD@HOST:PORT/VHOST, special characters as %XX")
 
 
-def common_options(usage: str) -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=formatter)
+def common_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--url", dest="urls", type=broker_urls, default=os.environ.get("AMQP_URL") or URL, metavar="URL[,URL...]")
     add("-q", "--queue", help=f"default without -e: {QUEUE}")
@@ -166,30 +164,34 @@ class Consumer:
                 if waiting:
                     handled: list[int] = []  # delivery tags
                     failed: list[int] = []
-                    work = worker.submit(self.work, waiting, handled, failed)
-                    while not work.done():
-                        futures.wait([work], timeout=0.1)
+                    batch = worker.submit(self.handle_batch, waiting, handled, failed)
+                    while not batch.done():
+                        futures.wait([batch], timeout=0.1)
                         connection.process_data_events()
-                    for delivery_tag in failed:  # a reject counts towards x-delivery-limit; since 4.3, a nack does not
+                    for delivery_tag in failed:  # a reject counts towards x-delivery-limit, a nack (since 4.3) does not
                         channel.basic_reject(delivery_tag=delivery_tag, requeue=True)
-                    if handled:  # all up to the last one, but for those that were rejected
+                    if handled:  # all up to the last; those that failed are rejected already
                         channel.basic_ack(delivery_tag=handled[-1], multiple=True)
+                    batch.result()  # raises what else went wrong
                 elif self.options.drain:
-                    # Asks twice, because the first answer can overtake messages that are on their way.
+                    # Asks twice: the first answer can come before messages on their way, but the second does not.
                     ready = [channel.queue_declare(queue=queue, passive=True).method.message_count for _ in range(2)]
                     connection.process_data_events()
                     if not any(ready) and not waiting:
                         self.stopping = True
-            connection.process_data_events()  # because a cancel rejects what has come, but is not yet in `waiting`
+            connection.process_data_events()  # to `waiting`; a cancel rejects the others, which counts as a failure
             channel.basic_cancel(consumer_tag=tag)
             channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)
         finally:
+            waiting.clear()  # comes again; a batch that an outage left behind finishes the message in hand
             self.outage_began = time.monotonic()
 
-    def work(self, waiting: deque[Any], handled: list[int], failed: list[int]) -> None:
-        """Handle what is waiting; at most half the prefetch, or for 0.1 s, so that acknowledgements are not late."""
+    def handle_batch(self, waiting: deque[Any], handled: list[int], failed: list[int]) -> None:
+        """Handle what is waiting: half the prefetch at most, or for 0.1 s, so that acknowledgements are not late."""
         end = time.monotonic() + 0.1
-        for _ in range(min(len(waiting), max(1, self.options.prefetch // 2))):
+        for _ in range(max(1, self.options.prefetch // 2)):
+            if not waiting or not self.remaining or self.stopping or time.monotonic() > end:
+                return
             method, properties, body = waiting.popleft()
             if self.options.verbose:
                 log.info("%s %s", method, properties)
@@ -208,15 +210,13 @@ class Consumer:
                     log.error("error: message %r: %.300r", properties.message_id, error, exc_info=self.options.verbose)
                 if closed or getattr(error, "errno", 0) == errno.ENOSPC:
                     self.ended_by, self.stopping = SystemExit(0 if closed else 1), True
-                    # Python flushes again when it exits: https://docs.python.org/3/library/signal.html#note-on-sigpipe
+                    # Python flushes again at exit: https://docs.python.org/3/library/signal.html#note-on-sigpipe
                     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                     return
                 failed.append(method.delivery_tag)
                 if method.redelivered:
                     time.sleep(0.2)  # otherwise a queue that has no delayed retry is a busy loop
             self.remaining -= 1
-            if not self.remaining or self.stopping or time.monotonic() > end:
-                return
 
 
 def nobody_reads() -> bool:
@@ -231,16 +231,16 @@ def subscribe(channel: BlockingChannel, options: argparse.Namespace) -> str:
     queue = str(options.queue or channel.queue_declare(queue="", exclusive=True).method.queue)
     if options.exchange:
         arguments = {"x-match": options.match, **dict(text.split("=", 1) for text in options.header)}
-        # By default all messages of a topic exchange, and those without a key of a direct one; others ignore the key.
+        # By default any key at a topic exchange, an empty key at a direct one; the others ignore keys.
         for key in options.routing_key or ["#", ""]:
             channel.queue_bind(queue=queue, exchange=options.exchange, routing_key=key, arguments=arguments)
     return queue
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = common_options("%(prog)s [options]")
+    parser = common_options()
     add = parser.add_argument
-    add("-r", "--routing-key", action="append", help="of the binding to the exchange; repeatable; default: all")
+    add("-r", "--routing-key", action="append", help="of the binding to the exchange; repeatable")
     add("--match", choices=["all", "any"], default="all", help="how many of the headers must match; default: all")
     add("-c", "--count", type=int, default=math.inf, metavar="N", help="stop after N messages")
     add("--drain", action="store_true", help="stop when the queue is empty")

@@ -3,9 +3,8 @@
     python producer.py 'Hello World!'       one message for each argument
     python producer.py - < access.log       one message for each line of standard input
 
-Guaranteed: what is reported as published is stored in a queue. A message that no queue takes is reported. An
-outage is waited for, and what was not confirmed before it is sent again, with the same message id.
-Not guaranteed: that a message comes only once. After an outage, some may come twice.
+Guaranteed: what is reported as published is stored in a queue; what no queue takes is reported. An outage is waited
+for, and what was not confirmed before is sent again, with the same message id. Not guaranteed: that it comes once only.
 
 In a program: `Producer(parse(["-q", "jobs"])).publish([b"one", b"two"])`. The other half of the pair is consumer.py.
 """
@@ -58,7 +57,7 @@ def declare(connection: pika.BlockingConnection, options: argparse.Namespace) ->
     if exchange:
         kind = options.type or "direct"  # ignored by a passive declaration, which asks whether the exchange exists
         channel.exchange_declare(exchange=exchange, exchange_type=kind, durable=True, passive=not options.type)
-    if queue and not queue.endswith(".dead"):  # that one is declared together with its NAME
+    if queue and not queue.endswith(".dead"):  # NAME.dead is declared together with NAME
         arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{queue}.dead"}
         try:
             channel.queue_declare(queue=queue, durable=True, arguments=arguments)
@@ -82,7 +81,7 @@ def retry_delay(error: BaseException, outage_began: float, options: argparse.Nam
     lasted, text = time.monotonic() - outage_began, describe(error, options)
     if lasted >= options.connect_timeout or any(words in text for words in FINAL):
         raise error
-    delay = random.uniform(0.5, 1) * min(0.5 + lasted, 5)
+    delay = random.uniform(0.5, 1) * min(0.5 + lasted, 5)  # random, so that clients do not all come at once
     log.warning("%s; next try in %.1f s", text, delay, exc_info=options.verbose)
     options.urls.append(options.urls.pop(0))  # each try is at the next URL
     return delay
@@ -90,15 +89,14 @@ def retry_delay(error: BaseException, outage_began: float, options: argparse.Nam
 
 def broker_urls(text: str) -> list[pika.URLParameters]:
     """The connection parameters of each URL; errors do not repeat the URL, because of its password."""
-    with contextlib.suppress(Exception):  # of many types
-        if text.startswith(("amqp://", "amqps://")):
-            return [pika.URLParameters(url) for url in text.replace(",amqp", " amqp").split()]  # has other commas
+    with contextlib.suppress(Exception):  # pika raises many types
+        if text.startswith(("amqp://", "amqps://")):  # no split(","), because a URL can contain commas
+            return [pika.URLParameters(url) for url in text.replace(",amqp", " amqp").split()]
     raise argparse.ArgumentTypeError("expected amqp://USER:PASSWORD@HOST:PORT/VHOST, special characters as %XX")
 
 
-def common_options(usage: str) -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(usage=usage, description=__doc__, formatter_class=formatter)
+def common_options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--url", dest="urls", type=broker_urls, default=os.environ.get("AMQP_URL") or URL, metavar="URL[,URL...]")
     add("-q", "--queue", help=f"default without -e: {QUEUE}")
@@ -129,27 +127,28 @@ class Producer:
         messages = [(pika.BasicProperties(**{"message_id": uuid.uuid4().hex, **properties}), body) for body in bodies]
         self.unconfirmed = dict(enumerate(messages))
         self.returned: set[str] = set()  # ids of messages that no queue took
-        outage_began = time.monotonic()
+        outage_began = float("inf")  # there is none
         while self.unconfirmed:
             try:
                 connection = self.connection or self.open()
-                publish = self.channel.basic_publish
-                for number, (props, body) in self.unconfirmed.items():
+                send = self.channel.basic_publish
+                for number, (props, body) in self.unconfirmed.items():  # confirmations come in process_data_events only
                     # Mandatory, because otherwise what no queue takes is dropped, and confirmed.
-                    publish(exchange=exchange, routing_key=key, body=body, properties=props, mandatory=True)
+                    send(exchange=exchange, routing_key=key, body=body, properties=props, mandatory=True)
                     self.in_flight[next(self.delivery_tags)] = number
                 while self.in_flight:
                     connection.process_data_events(time_limit=10)
                     if self.in_flight:
-                        log.warning("no confirmation for 10 s: is the broker short of memory, disk, or cluster nodes?")
-                        outage_began = time.monotonic()  # it is slow, but not away
-                if self.unconfirmed:
+                        log.warning("waiting for confirmations: is the broker short of memory, disk, or cluster nodes?")
+                        outage_began = float("inf")  # it is slow, but not away
+                if self.unconfirmed:  # the broker rejected some, or closed the channel
                     raise self.close_reason or AMQPChannelError("messages were rejected: is the queue full?")
             except OUTAGES as error:
                 self.close()
+                outage_began = min(outage_began, time.monotonic())
                 time.sleep(retry_delay(error, outage_began, self.options))
             except BaseException:
-                self.connection = None  # and with it what is half sent
+                self.connection = None  # not closed, because that would send the rest first
                 raise
         return len(self.returned)
 
@@ -164,7 +163,7 @@ class Producer:
         self.delivery_tags = itertools.count(1)
         self.in_flight: dict[int, int] = {}  # number of each message that is sent, by delivery tag
         self.close_reason: BaseException | None = None
-        self.connection.process_data_events()  # of a declaration that was refused, because it would end the first wait
+        self.connection.process_data_events()  # takes note of a refused declaration, which would end the first wait
         return self.connection
 
     def on_confirm(self, frame: Any) -> None:
@@ -183,9 +182,9 @@ class Producer:
         self.end_wait()
 
     def end_wait(self) -> None:
-        """Have process_data_events return, if nothing is in flight. By itself it would wait for all its time."""
+        """If nothing is in flight, make process_data_events return. Confirmations alone do not, but a timer does."""
         if self.connection and not self.in_flight:
-            self.connection.call_later(0, lambda: None)  # it returns after a timer
+            self.connection.call_later(0, lambda: None)
 
     def close(self) -> None:
         with contextlib.suppress(*OUTAGES):  # it may be broken
@@ -209,11 +208,12 @@ def read_lines() -> Iterator[list[bytes]]:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = common_options("%(prog)s [options] [MESSAGE ...]")
+    parser = common_options()
     parser.add_argument("-r", "--routing-key", default="", help="what the exchange routes by; default: empty")
     parser.add_argument("--content-type", default="text/plain", help="default: %(default)s")
-    message = "or - for the lines of standard input; default: Hello World!"
-    parser.add_argument("messages", nargs="*", metavar="MESSAGE", help=message, default=["Hello World!"])
+    parser.add_argument(
+        "messages", nargs="*", metavar="MESSAGE", default=["Hello World!"], help="or - for lines of stdin"
+    )
     options = parser.parse_args(argv)
     if not all("=" in text for text in options.header):
         parser.error("-H: expected KEY=VALUE")

@@ -1,4 +1,4 @@
-"""A RabbitMQ of one's own: started, stopped, killed, frozen and asked, as a container or as a local node."""
+"""A RabbitMQ of the tests' own: this repository's docker-compose.yml, or a node of an installed rabbitmq-server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import time
 import uuid
 from pathlib import Path
 from typing import Any, Callable, Sequence
-from urllib.parse import urlsplit
 
 import pika
 
@@ -33,15 +32,14 @@ def eventually(condition: Callable[[], Any], timeout: float = 60, what: str = ""
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports of this machine that were free just now, and that no outgoing connection is given meanwhile."""
-    sockets: list[socket.socket] = []
-    while len(sockets) < count:
-        with contextlib.suppress(OSError):  # in use
-            sockets.append(socket.create_server(("127.0.0.1", random.randrange(20000, 32000))))
-    ports = [int(each.getsockname()[1]) for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """TCP ports that were free just now, below those that the system gives to outgoing connections."""
+    with contextlib.ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            with contextlib.suppress(OSError):  # in use
+                server = stack.enter_context(socket.create_server(("127.0.0.1", random.randrange(20000, 32000))))
+                ports.append(int(server.getsockname()[1]))
+        return ports
 
 
 def run(command: Sequence[str], **options: Any) -> str:
@@ -52,44 +50,35 @@ def run(command: Sequence[str], **options: Any) -> str:
     return str(done.stdout)
 
 
-def peak_memory(pid: int) -> int:
-    """The most kB of memory that a process, which still runs, has had.
-
-    Not the ru_maxrss of wait4(), which is at least that of the process that started it. Linux only.
-    """
-    return int(Path(f"/proc/{pid}/status").read_text().split("VmHWM:")[1].split()[0])
-
-
 class Broker:
     """A broker at a URL, which may belong to somebody else: nothing here stops or changes it."""
 
     ours = False  # may be stopped, and have its settings changed
 
     def __init__(self, url: str) -> None:
-        parts = urlsplit(url)
-        self.url = url if parts.port else parts._replace(netloc=f"{parts.netloc}:5672").geturl()
+        self.url = url
 
     def connect(self) -> pika.BlockingConnection:
         return pika.BlockingConnection(pika.URLParameters(self.url))
 
+    def queue(self, name: str) -> Any:
+        """What a passive declaration answers: message_count, consumer_count; None if there is no such queue."""
+        with self.connect() as connection:
+            try:
+                return connection.channel().queue_declare(name, passive=True).method
+            except pika.exceptions.ChannelClosedByBroker:
+                return None
+
     def depth(self, queue: str) -> int:
         """How many messages are ready in the queue; -1 if there is no such queue."""
-        connection = self.connect()
-        try:
-            return int(connection.channel().queue_declare(queue, passive=True).method.message_count)
-        except pika.exceptions.ChannelClosedByBroker:
-            return -1
-        finally:
-            connection.close()
+        found = self.queue(queue)
+        return int(found.message_count) if found else -1
 
     def version(self) -> tuple[int, ...]:
         """The version of RabbitMQ, such as (4, 3, 6)."""
-        connection = self.connect()
-        try:
+        with self.connect() as connection:
             properties: Any = connection._impl.server_properties  # public API has no way to it
-            return tuple(int(part) for part in properties["version"].split("+")[0].split("."))
-        finally:
-            connection.close()
+        return tuple(int(part) for part in properties["version"].split("+")[0].split("."))
 
     def start(self) -> None:
         """Return when the broker serves clients."""
@@ -104,7 +93,7 @@ class Broker:
 
 
 class ContainerBroker(Broker):
-    """The repository's docker-compose.yml, as a project of its own."""
+    """docker-compose.yml, as a project with a name and ports of its own."""
 
     ours = True
 
@@ -117,28 +106,11 @@ class ContainerBroker(Broker):
         self.command = ["docker", "compose", "-p", self.project, "-f", str(compose_file)]
         self.environment = {**os.environ, "AMQP_PORT": str(amqp), "MANAGEMENT_PORT": str(management)}
 
-    def docker(self, *arguments: str) -> str:
-        return run(["docker", *arguments], env=self.environment)
-
     def compose(self, *arguments: str) -> str:
         return run([*self.command, *arguments], env=self.environment)
 
     def start(self) -> None:
-        """Return when the broker serves clients."""
         self.compose("up", "-d", "--wait", self.service)
-
-    def stop(self) -> None:
-        """In order, as `docker compose stop` does."""
-        self.compose("stop", self.service)
-
-    def kill(self) -> None:
-        self.compose("kill", "-s", "SIGKILL", self.service)
-
-    def freeze(self) -> None:
-        self.compose("pause", self.service)
-
-    def thaw(self) -> None:
-        self.compose("unpause", self.service)
 
     def ctl(self, *arguments: str) -> str:
         return self.compose("exec", "-T", self.service, "rabbitmqctl", "-q", *arguments)
@@ -157,11 +129,9 @@ class LocalBroker(Broker):
         super().__init__(f"amqp://guest:guest@127.0.0.1:{amqp}/%2F")
         self.home = Path(tempfile.mkdtemp(prefix="pair-"))
         self.node = f"{self.home.name}@localhost"
-        (self.home / "rabbitmq.conf").write_text(
-            f"listeners.tcp.1 = 127.0.0.1:{amqp}\nvm_memory_high_watermark.relative = 0.4\n"
-        )
-        (self.home / "enabled_plugins").write_text("[].\n")
-        (self.home / "env.conf").write_text("")
+        settings = f"listeners.tcp.1 = 127.0.0.1:{amqp}\nvm_memory_high_watermark.relative = 0.4\n"
+        for name, text in {"rabbitmq.conf": settings, "enabled_plugins": "[].\n", "env.conf": ""}.items():
+            (self.home / name).write_text(text)
         self.environment = {
             **os.environ,
             "HOME": str(self.home),
@@ -180,11 +150,10 @@ class LocalBroker(Broker):
 
     @staticmethod
     def program(name: str) -> str | None:
-        """The path of one of RabbitMQ's programs: Debian's own in PATH change to another user."""
+        """The path of one of RabbitMQ's programs. Those that Debian has in PATH change to another user."""
         return shutil.which(name, path=f"/usr/lib/rabbitmq/bin:{os.environ['PATH']}")
 
     def start(self) -> None:
-        """Return when the broker serves clients."""
         server = self.program("rabbitmq-server")
         assert server
         with open(self.home / "output", "ab") as output:
@@ -194,9 +163,6 @@ class LocalBroker(Broker):
             )  # fmt: skip
         eventually(self.is_serving, timeout=90, what=f"RabbitMQ starts (see {self.home})")
 
-    def is_running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
     def is_serving(self) -> bool:
         assert self.is_running(), (self.home / "output").read_text()[-2000:]
         try:
@@ -205,26 +171,15 @@ class LocalBroker(Broker):
             return False
         return True
 
-    def stop(self) -> None:
-        """In order, as a service manager does."""
-        assert self.process
-        self.signal(signal.SIGTERM)
-        self.process.wait(timeout=60)
-
-    def kill(self) -> None:
-        assert self.process
-        self.signal(signal.SIGKILL)
-        self.process.wait(timeout=60)
-
-    def freeze(self) -> None:
-        self.signal(signal.SIGSTOP)
-
-    def thaw(self) -> None:
-        self.signal(signal.SIGCONT)
+    def is_running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
 
     def signal(self, number: signal.Signals) -> None:
+        """Send it to all processes of the node; if it ends them, wait until they have ended."""
         assert self.process
         os.killpg(self.process.pid, number)
+        if number in (signal.SIGTERM, signal.SIGKILL):
+            self.process.wait(timeout=60)
 
     def ctl(self, *arguments: str) -> str:
         program = self.program("rabbitmqctl")
@@ -233,7 +188,7 @@ class LocalBroker(Broker):
 
     def remove(self) -> None:
         if self.is_running():
-            self.kill()
+            self.signal(signal.SIGKILL)
         shutil.rmtree(self.home, ignore_errors=True)
 
 

@@ -11,16 +11,27 @@ import uuid
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-import pika
 import pytest
 
 import broker as brokers
 from broker import ROOT, Broker, eventually
+from proxy import Proxy
 
 # A shell's background jobs ignore it, and so would the scripts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 SCRIPTS = ("producer", "consumer")
 TIMEOUT = 120  # seconds after which a script that should have ended has failed its test
+# What the consumer of most tests does with a message, so that they do not depend on what consumer.py does by itself.
+HANDLE = "def handle(method, properties, body): sys.stdout.buffer.write(body + b'\\n')"
+PROGRAM = """
+import logging, os, sys, time
+import consumer
+logging.basicConfig(format="consumer.py: %(message)s", level=logging.INFO)
+logging.getLogger("pika").setLevel(logging.CRITICAL + 1)
+{handle}
+consumer.handle = handle
+sys.exit(consumer.main())
+"""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,11 +42,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"seed: {config.getoption('--seed')}"
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "ours: stops, kills or changes the broker, which has to be the tests' own")
-    config.addinivalue_line("markers", "long: takes more than ten seconds")
 
 
 @pytest.fixture(scope="session")
@@ -52,23 +58,23 @@ def session_broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
 
 
 @pytest.fixture
-def broker(session_broker: Broker, request: pytest.FixtureRequest) -> Broker:
-    """The broker, running. Tests that do more than use it are marked `ours`."""
-    if request.node.get_closest_marker("ours") and not session_broker.ours:
-        pytest.skip("stops, kills or changes the broker, and the one at --broker URL belongs to somebody else")
+def broker(session_broker: Broker) -> Broker:
+    """The broker, running. Tests do no more than use it."""
     return session_broker
+
+
+@pytest.fixture
+def own_broker(broker: Broker) -> Broker:
+    """The broker, for tests that change it: not one that belongs to somebody else."""
+    if not broker.ours:
+        pytest.skip("changes the broker, and the one at --broker URL belongs to somebody else")
+    return broker
 
 
 @pytest.fixture
 def python(request: pytest.FixtureRequest) -> str:
     """The Python that the scripts run with."""
     return str(request.config.getoption("--python"))
-
-
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> random.Random:
-    """Random numbers, the same again for the same --seed and test."""
-    return random.Random(f"{request.config.getoption('--seed')} {request.node.name}")
 
 
 @pytest.fixture
@@ -89,6 +95,14 @@ def exchange(broker: Broker) -> Iterator[str]:
     yield name
     with broker.connect() as connection:
         connection.channel().exchange_delete(name)
+
+
+@pytest.fixture
+def proxy(broker: Broker) -> Iterator[Proxy]:
+    """In front of the broker, with connections that can be cut."""
+    proxy = Proxy(broker.url)
+    yield proxy
+    proxy.refuse()
 
 
 class Script:
@@ -126,74 +140,47 @@ class Script:
             self.process.stdin.close()
         return self.process.wait(timeout)
 
-    def terminate(self) -> int:
-        """Send SIGTERM, and return the exit code."""
-        self.process.send_signal(signal.SIGTERM)
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> int:
+        """Send the signal, and return the exit code."""
+        self.process.send_signal(number)
         return self.end()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
 
 
 Start = Callable[..., Script]
-Depth = Callable[[str], int]
-UntilConsuming = Callable[..., None]
+Run = Callable[..., Script]
 
 
 @pytest.fixture
 def start(broker: Broker, tmp_path: Path, python: str) -> Iterator[Start]:
-    """Start a script: start("producer", "-q", queue, "-", input=b"...") or start("consumer", handle="...").
+    """Start a script: start("producer", "-q", queue, "-", input=b"...") or start("consumer", handle="def handle...").
 
-    `input` becomes stdin, without it stdin is a pipe to write to; `handle` is Python that replaces `handle` of the
-    consumer; `url` replaces the broker's; other options are those of subprocess.Popen. What still runs is killed
-    after the test.
+    `input` becomes stdin; without it, stdin is a pipe to write to. `handle` replaces `handle` of the consumer, "" leaves
+    its own. `url` replaces the broker's. Other options are those of subprocess.Popen. What still runs is killed in the
+    end.
     """
     started = []
 
     def start(
-        name: str, *arguments: str, input: bytes | None = None, handle: str = "", url: str = "", **options: Any
+        name: str, *arguments: str, input: bytes | None = None, handle: str = HANDLE, url: str = "", **options: Any
     ) -> Script:
-        command = [python, str(ROOT / f"{name}.py"), *arguments]
-        if handle:
+        program = ROOT / f"{name}.py"
+        if name == "consumer" and handle:
             program = tmp_path / f"{uuid.uuid4().hex}.py"
-            program.write_text(
-                f"import contextlib, os, sys, time, consumer\n{handle}\nconsumer.handle = handle\nsys.exit(consumer.main())\n"
-            )
-            command[1] = str(program)
+            program.write_text(PROGRAM.format(handle=handle))
         environment = {**os.environ, "AMQP_URL": url or broker.url, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
         if input is not None:
             path = tmp_path / uuid.uuid4().hex
             path.write_bytes(input)
             options["stdin"] = path.open("rb")
-        script = Script(command, tmp_path, env=environment, **options)
+        script = Script([python, str(program), *arguments], tmp_path, env=environment, **options)
         started.append(script)
         return script
 
     yield start
     for script in started:
         if script.process.poll() is None:
-            script.process.send_signal(signal.SIGCONT)
-            script.kill()
-
-
-class Gate:
-    """Holds up a handler that has `statement` in it, until it is opened."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.statement = f"while not os.path.exists({str(path)!r}): time.sleep(0.01)"
-
-    def open(self) -> None:
-        self.path.touch()
-
-
-@pytest.fixture
-def gate(tmp_path: Path) -> Gate:
-    return Gate(tmp_path / "gate")
-
-
-Run = Callable[..., Script]
+            script.process.kill()
+            script.process.wait()
 
 
 @pytest.fixture
@@ -209,18 +196,20 @@ def run(start: Start) -> Run:
     return run
 
 
+class Gate:
+    """Holds up a handler that has `statement` in it, until it is opened."""
+
+    def __init__(self, path: Path) -> None:
+        self.open = path.touch
+        self.statement = f"while not os.path.exists({str(path)!r}): time.sleep(0.01)"
+
+
 @pytest.fixture
-def depth(broker: Broker) -> Depth:
-    return broker.depth
+def gate(tmp_path: Path) -> Gate:
+    return Gate(tmp_path / "gate")
 
 
-def consumers(broker: Broker, queue: str) -> int:
-    """How many consumers the queue has; -1 if there is no such queue."""
-    with broker.connect() as connection:
-        try:
-            return int(connection.channel().queue_declare(queue, passive=True).method.consumer_count)
-        except pika.exceptions.ChannelClosedByBroker:
-            return -1
+UntilConsuming = Callable[..., None]
 
 
 @pytest.fixture
@@ -228,6 +217,10 @@ def until_consuming(broker: Broker) -> UntilConsuming:
     """Wait until the queue has that many consumers."""
 
     def wait(queue: str, count: int = 1) -> None:
-        eventually(lambda: consumers(broker, queue) == count, what=f"{count} consumers on {queue}")
+        def consuming() -> bool:
+            found = broker.queue(queue)
+            return bool(found) and found.consumer_count == count
+
+        eventually(consuming, what=f"{count} consumers on {queue}")
 
     return wait

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from broker import ROOT, Broker, ContainerBroker, LocalBroker, free_ports
+from broker import Broker, ContainerBroker, LocalBroker, free_ports
 
 NODES = 3
 
@@ -42,10 +42,10 @@ class Cluster:
 
 
 class ContainerNode(ContainerBroker):
-    """One service of tests/cluster.yml."""
+    """One service of cluster.yml."""
 
     def __init__(self, index: int, project: str, ports: list[int]) -> None:
-        super().__init__(ROOT / "tests" / "cluster.yml", f"rabbitmq{index}")
+        super().__init__(Path(__file__).with_name("cluster.yml"), f"rabbitmq{index}")
         self.node = f"rabbit@{self.service}"
         self.url = f"amqp://guest:guest@127.0.0.1:{ports[index]}/%2F"
         self.project = project

@@ -1,0 +1,146 @@
+"""What the producer publishes, and what it says about it."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import time
+from typing import Iterator
+
+import pytest
+
+import producer as producer_module
+from broker import Broker, eventually
+from conftest import Run, Start
+from producer import Producer
+from proxy import Proxy
+
+FULL = (
+    "import json\ndef handle(method, properties, body): print(json.dumps({**vars(properties), 'body': body.decode()}))"
+)
+
+
+@pytest.fixture
+def publisher(broker: Broker, queue: str) -> Iterator[Producer]:
+    """A producer for the queue, in this process."""
+    publisher = Producer(producer_module.parse(["--url", broker.url, "-q", queue]))
+    yield publisher
+    publisher.close()
+
+
+def test_each_argument_is_a_message(run: Run, queue: str) -> None:
+    run("producer", "-q", queue, "one", "two words", "", "\udcff\udcfe")
+    run("producer", "-q", queue, "--", "-v")
+
+    bodies = run("consumer", "-q", queue, "--drain").bodies
+
+    assert bodies == [b"one", b"two words", b"", b"\xff\xfe", b"-v"]
+
+
+def test_empty_input_is_no_message(run: Run, queue: str) -> None:
+    assert run("producer", "-q", queue, "-", input=b"").stderr == "producer.py: 0 messages published\n"
+
+
+def test_a_message_has_an_id_a_time_a_type_and_is_persistent(run: Run, queue: str) -> None:
+    run("producer", "-q", queue, "-H", "a=1=2", "-H", "b=", "--content-type", "text/csv", "one", "two")
+
+    first, second = (json.loads(line) for line in run("consumer", "-q", queue, "--drain", handle=FULL).bodies)
+
+    assert first["headers"] == {"a": "1=2", "b": ""}
+    assert (first["content_type"], first["delivery_mode"], first["body"]) == ("text/csv", 2, "one")
+    assert abs(first["timestamp"] - time.time()) < 3600
+    assert first["message_id"] != second["message_id"]
+
+
+def test_a_typed_line_arrives_while_the_producer_waits(start: Start, queue: str) -> None:
+    producer, consumer = start("producer", "-q", queue, "-"), start("consumer", "-q", queue)
+
+    for count in 1, 2, 3:
+        producer.write(b"line\n")
+        eventually(lambda count=count: len(consumer.bodies) == count)  # type: ignore[misc]
+
+    assert producer.end() == 0
+    assert consumer.stop() == 0
+
+
+def test_what_no_queue_takes_is_counted_and_ends_with_1(run: Run, queue: str, exchange: str) -> None:
+    run("consumer", "-e", exchange, "-t", "direct", "-q", queue, "-r", "bound", "--drain")
+
+    run("producer", "-e", exchange, "-r", "bound", "one")
+    unroutable = run("producer", "-e", exchange, "-r", "other", "-", input=b"two\n" * 3000, code=1)
+
+    assert unroutable.stderr == (
+        "producer.py: error: 3000 of 3000 messages were unroutable: no queue is bound for them\n"
+    )
+    assert run("consumer", "-q", queue, "--drain").bodies == [b"one"]
+
+
+def test_a_program_publishes_with_keys_and_properties(run: Run, publisher: Producer, queue: str) -> None:
+    assert publisher.publish([b"one", b"two"]) == 0
+    assert publisher.publish([b"three"], routing_key="no-such-queue") == 1
+    assert publisher.publish([b"four"], message_id="order-4", headers={"n": 4}) == 0
+
+    *others, last = (json.loads(line) for line in run("consumer", "-q", queue, "--drain", handle=FULL).bodies)
+
+    assert [message["body"] for message in others] == ["one", "two"]
+    assert (last["body"], last["message_id"], last["headers"]) == ("four", "order-4", {"n": 4})
+
+
+def test_a_message_that_cannot_be_sent_does_not_disturb_the_next(run: Run, publisher: Producer, queue: str) -> None:
+    bad: list[object] = [b"one", 2]
+
+    with pytest.raises(AttributeError):
+        publisher.publish(bad)  # type: ignore[arg-type]
+    assert publisher.publish([b"three"]) == 0
+
+    assert run("consumer", "-q", queue, "--drain").bodies in ([b"three"], [b"one", b"three"])
+
+
+def test_a_cut_connection_loses_nothing(start: Start, queue: str, proxy: Proxy) -> None:
+    ids = "def handle(method, properties, body): print(properties.message_id, body.decode())"
+    producer = start("producer", "-q", queue, "-", url=proxy.url)
+    consumer = start("consumer", "-q", queue, handle=ids, url=proxy.url)
+
+    for number in range(1, 21):
+        producer.write(b"".join(b"%d\n" % (number * 1000 + line) for line in range(1000)))
+        eventually(proxy.cut, what="there is a connection to cut")
+
+    assert producer.end() == 0, producer.stderr
+    assert producer.stderr.splitlines()[-1] == "producer.py: 20000 messages published"
+    eventually(lambda: len({line.split()[1] for line in consumer.bodies}) == 20_000)
+    assert consumer.stop() == 0
+    assert len({line.split()[0] for line in consumer.bodies}) == 20_000  # what came twice has the same id
+    for script in producer, consumer:
+        assert script.stderr.count("; next try in ") >= 1
+
+
+def test_pauses_between_tries_grow(start: Start) -> None:
+    producer = start("producer", "--connect-timeout", "4", url="amqp://127.0.0.1:1")
+
+    assert producer.end() == 1
+
+    *tries, last = producer.stderr.splitlines()
+    pauses = [float(line.rpartition(" in ")[2].rstrip(" s")) for line in tries]
+    assert 3 <= len(pauses) <= 8
+    assert pauses[-1] > 2 * pauses[0]
+    assert all("127.0.0.1:1: connection refused; start a broker with: docker compose up" in line for line in tries)
+    assert last.endswith("; 0 messages are safe")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_an_interrupted_producer_says_how_much_is_safe(
+    start: Start, run: Run, queue: str, broker: Broker, number: signal.Signals
+) -> None:
+    producer = start("producer", "-q", queue, "-", input=b"".join(b"%d\n" % line for line in range(500_000)))
+    eventually(lambda: broker.depth(queue) > 2000)
+
+    assert producer.stop(number) == 130
+
+    (line,) = producer.stderr.splitlines()
+    match = re.fullmatch(r"producer\.py: error: interrupted; (\d+) messages are safe", line)
+    assert match
+    safe = int(match[1])
+    got = {int(body) for body in run("consumer", "-q", queue, "--drain", "--prefetch", "300").bodies}
+    assert 0 < safe < 500_000
+    assert set(range(safe)) <= got
