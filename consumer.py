@@ -6,7 +6,6 @@
 Guaranteed: a message is acknowledged after `handle` returned; whatever breaks before, it comes again. If `handle`
 fails, it comes later, and moves to the queue NAME.dead in the end. `handle` may take 30 minutes. Outages are waited for.
 Not guaranteed: that a message comes once only, nor in order. A private queue (-e without -q) ends with its connection.
-
 To make it yours, replace `handle`. The other half of the pair is producer.py.
 """
 
@@ -158,7 +157,10 @@ class Consumer:
         tag = channel.basic_consume(queue=queue, on_message_callback=lambda _, *delivery: waiting.append(delivery))
         try:
             while self.remaining and not self.stopping:
-                connection.process_data_events(time_limit=0 if waiting else 0.2)
+                before = -1
+                while before < len(waiting) <= self.options.prefetch // 2:  # until enough has come, or no more comes
+                    before = len(waiting)
+                    connection.process_data_events(time_limit=0 if waiting else 0.2)
                 if not channel.consumer_tags:
                     raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
                 if waiting:
@@ -254,20 +256,18 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--count: at least 1")
     if sys.stdout is None:
         parser.error("standard output is closed")
-    if not options.exchange:
-        options.queue = options.queue or QUEUE
+    options.queue = options.queue or (None if options.exchange else QUEUE)
     return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    options = parse(argv)
-    consumer = Consumer(options)
+    consumer = Consumer(parse(argv))
     handlers = {number: signal.signal(number, consumer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         consumer.run()
         return 0
     except Exception as error:
-        log.error("error: %s", describe(error, options), exc_info=options.verbose)
+        log.error("error: %s", describe(error, consumer.options), exc_info=consumer.options.verbose)
         return 1
     finally:
         for number, handler in handlers.items():

@@ -1,4 +1,4 @@
-"""Fixtures of the long suite: faults between the scripts and the broker."""
+"""Fixtures of the long suite: a cluster, random numbers, and a broker that is up again after each test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 
 from broker import Broker
 from long.cluster import Cluster, cluster_for
-from proxy import Proxy
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +25,6 @@ def running_again(broker: Broker, queue: str) -> Iterator[None]:
 def rng(request: pytest.FixtureRequest) -> random.Random:
     """Random numbers, the same again for the same --seed and test."""
     return random.Random(f"{request.config.getoption('--seed')} {request.node.name}")
-
-
-@pytest.fixture
-def proxy(broker: Broker) -> Iterator[Proxy]:
-    """Passes on to the broker, until it is told otherwise."""
-    proxy = Proxy(broker.url)
-    yield proxy
-    proxy.refuse()
 
 
 @pytest.fixture(scope="module")

@@ -14,11 +14,9 @@ import pytest
 
 from broker import Broker, eventually
 from broker import run as run_command
-from conftest import Depth, Run, Start
+from conftest import Run, Start
 
 AMQPLIB = Path.home() / ".cache" / "amqplib-2.3.1"
-INSTALL_AMQPLIB = f"npm install --prefix {AMQPLIB} amqplib@2.3.1"
-INSTALL_AMQP_TOOLS = "apt-get install amqp-tools"
 
 PUBLISH = """
 async ({exchange, key, body, properties}) => {
@@ -48,11 +46,17 @@ def handle(method, properties, body):
 BODY = "a line\r\nGrüße\0 \x00\xff\x80".encode("latin1")  # which is no UTF-8
 
 
+def require(there: object, what: str, install: str) -> None:
+    """Without it, the test is skipped, but fails where nobody would read that."""
+    if not there:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{what} is missing, install it with: {install}")
+
+
 @pytest.fixture
 def node(broker: Broker) -> Callable[..., str]:
     """Run a function in Node, with amqplib's `channel`, and return what it prints."""
-    assert shutil.which("node"), "Node.js is missing: install it, and then: " + INSTALL_AMQPLIB
-    assert AMQPLIB.exists(), "Node's amqplib is missing, install it with: " + INSTALL_AMQPLIB
+    require(shutil.which("node"), "Node.js", "apt-get install nodejs npm")
+    require(AMQPLIB.exists(), "Node's amqplib", f"npm install --prefix {AMQPLIB} amqplib@2.3.1")
 
     def node(function: str, **argument: Any) -> str:
         program = f"""
@@ -75,7 +79,7 @@ def amqp_tool(broker: Broker) -> Callable[..., bytes]:
     """Run one of amqp-tools with standard input, and return its output."""
 
     def amqp_tool(name: str, *arguments: str, input: bytes = b"") -> bytes:
-        assert shutil.which(name), f"{name} is missing, install it with: {INSTALL_AMQP_TOOLS}"
+        require(shutil.which(name), name, "apt-get install amqp-tools")
         command = [name, "--url", broker.url, *arguments]
         return subprocess.run(command, check=True, input=input, stdout=subprocess.PIPE, timeout=60).stdout
 
@@ -107,7 +111,7 @@ def test_a_message_of_node_comes_as_it_was_sent(
 
 
 def test_a_message_comes_to_node_as_it_was_sent(
-    run: Run, exchange: str, subscription: str, node: Callable[..., str], depth: Depth
+    run: Run, exchange: str, subscription: str, node: Callable[..., str], broker: Broker
 ) -> None:
     options = ["-r", "kern.ä", "-H", "host=wéb=1", "-H", "empty=", "--content-type", "application/json"]
 
@@ -119,9 +123,9 @@ def test_a_message_comes_to_node_as_it_was_sent(
     assert message["contentType"] == "application/json"
     assert message["headers"] == {"host": "wéb=1", "empty": ""}
     assert message["deliveryMode"] == 2
-    assert len(message["messageId"]) == len("01234567-0123-0123-0123-0123456789ab-1")
+    assert message["messageId"]
     assert abs(message["timestamp"] - time.time()) < 3600
-    assert depth(subscription) == 0
+    assert broker.depth(subscription) == 0
 
 
 def test_a_message_of_c_comes_as_it_was_sent(
@@ -141,7 +145,7 @@ def test_a_message_of_c_comes_as_it_was_sent(
 
 
 def test_a_message_comes_to_c_as_it_was_sent(
-    run: Run, exchange: str, subscription: str, amqp_tool: Callable[..., bytes], depth: Depth
+    run: Run, exchange: str, subscription: str, amqp_tool: Callable[..., bytes], broker: Broker
 ) -> None:
     run("producer", "-e", exchange, "-r", "cron.x", "not bound", code=1)
     run("producer", "-e", exchange, "-r", "kern.x", "-H", "a=1", "-", input=BODY)
@@ -150,11 +154,11 @@ def test_a_message_comes_to_c_as_it_was_sent(
     assert amqp_tool("amqp-get", "-q", subscription) == first
     assert amqp_tool("amqp-consume", "-q", subscription, "-c", "1", "cat") == second
 
-    assert depth(subscription) == 0
+    assert broker.depth(subscription) == 0
 
 
 def test_a_message_that_cannot_be_decoded_moves_to_dead_and_the_others_are_handled(
-    start: Start, run: Run, queue: str, node: Callable[..., str], depth: Depth
+    start: Start, run: Run, queue: str, node: Callable[..., str], broker: Broker
 ) -> None:
     limit = 'consumer.QUEUE_ARGUMENTS.update({"x-delivery-limit": 3, "x-delayed-retry-min": 200})'
     handle = f"{limit}\ndef handle(method, properties, body): print(body.decode())\n"
@@ -166,10 +170,10 @@ def test_a_message_that_cannot_be_decoded_moves_to_dead_and_the_others_are_handl
 
     consumer = start("consumer", "-q", queue, handle=handle)
 
-    eventually(lambda: depth(f"{queue}.dead") == 1, what=consumer.stderr)
+    eventually(lambda: broker.depth(f"{queue}.dead") == 1, what=consumer.stderr)
     eventually(lambda: len(set(consumer.bodies)) == 19)
     assert consumer.terminate() == 0
-    assert (depth(queue), depth(f"{queue}.dead")) == (0, 1)
+    assert (broker.depth(queue), broker.depth(f"{queue}.dead")) == (0, 1)
     assert "out of range" in consumer.stderr
 
 
