@@ -57,7 +57,7 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
 
 # From here to `common_options`, the text is the same in producer.py and consumer.py.
 OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
-# What the broker, or TLS, says when another try is useless. NOT_FOUND alone can be a queue whose node is down.
+# What the broker, or TLS, says when another try is useless. NOT_FOUND without "no" can be a queue whose node is down.
 FINAL = "ACCESS_REFUSED", "NOT_ALLOWED", "NOT_FOUND - no", "PRECONDITION_FAILED", "RESOURCE_LOCKED", "CERTIFICATE"
 log = logging.getLogger(__name__)
 
@@ -176,16 +176,16 @@ class Consumer:
                         channel.basic_ack(delivery_tag=handled[-1], multiple=True)
                     batch.result()  # raises what else went wrong
                 elif self.options.drain:
-                    # Asks twice: the first answer can come before messages on their way, but the second does not.
+                    # Asks twice: the first answer can overtake messages on their way, the second comes after them.
                     ready = [channel.queue_declare(queue=queue, passive=True).method.message_count for _ in range(2)]
                     connection.process_data_events()
                     if not any(ready) and not waiting:
                         self.stopping = True
-            connection.process_data_events()  # to `waiting`; a cancel rejects the others, which counts as a failure
+            connection.process_data_events()  # empties pika's buffer: a cancel rejects what is in it, as a failure
             channel.basic_cancel(consumer_tag=tag)
             channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)
         finally:
-            waiting.clear()  # comes again; a batch that an outage left behind finishes the message in hand
+            waiting.clear()  # these come again; a batch still running (after an outage) ends with the message in hand
             self.outage_began = time.monotonic()
 
     def handle_batch(self, waiting: deque[Any], handled: list[int], failed: list[int]) -> None:

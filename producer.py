@@ -46,7 +46,7 @@ DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
 
 # From here to `common_options`, the text is the same in producer.py and consumer.py.
 OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
-# What the broker, or TLS, says when another try is useless. NOT_FOUND alone can be a queue whose node is down.
+# What the broker, or TLS, says when another try is useless. NOT_FOUND without "no" can be a queue whose node is down.
 FINAL = "ACCESS_REFUSED", "NOT_ALLOWED", "NOT_FOUND - no", "PRECONDITION_FAILED", "RESOURCE_LOCKED", "CERTIFICATE"
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class Producer:
             try:
                 connection = self.connection or self.open()
                 send = self.channel.basic_publish
-                for number, (props, body) in self.unconfirmed.items():  # confirmations come in process_data_events only
+                for number, (props, body) in self.unconfirmed.items():  # no confirmation changes it before the wait
                     # Mandatory, because otherwise what no queue takes is dropped, and confirmed.
                     send(exchange=exchange, routing_key=key, body=body, properties=props, mandatory=True)
                     self.in_flight[next(self.delivery_tags)] = number
@@ -148,7 +148,7 @@ class Producer:
                 outage_began = min(outage_began, time.monotonic())
                 time.sleep(retry_delay(error, outage_began, self.options))
             except BaseException:
-                self.connection = None  # not closed, because that would send the rest first
+                self.connection = None  # not closed: close() would first send what is in the output buffer
                 raise
         return len(self.returned)
 
@@ -163,7 +163,7 @@ class Producer:
         self.delivery_tags = itertools.count(1)
         self.in_flight: dict[int, int] = {}  # number of each message that is sent, by delivery tag
         self.close_reason: BaseException | None = None
-        self.connection.process_data_events()  # takes note of a refused declaration, which would end the first wait
+        self.connection.process_data_events()  # or a refused declaration's event would end the first wait
         return self.connection
 
     def on_confirm(self, frame: Any) -> None:
