@@ -59,12 +59,13 @@ class Proxy:
                     client.close()
 
     def cut(self) -> int:
-        """Close all lines, and return how many there were."""
-        lines, self.lines = self.lines, []
-        open_ = [line for line in lines if line.sockets[0].fileno() >= 0]
-        for line in lines:
+        """Close all lines, and return how many of them were open."""
+        count = 0
+        while self.lines:
+            line = self.lines.pop()
+            count += line.sockets[0].fileno() >= 0
             line.cut()
-        return len(open_)
+        return count
 
     def mute(self) -> None:
         """Forward no more on the lines there are, without closing them."""
