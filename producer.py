@@ -120,7 +120,7 @@ class Producer:
     def publish(self, bodies: Sequence[bytes], routing_key: str | None = None, **properties: Any) -> int:
         """Publish some thousand messages at most; return how many of them no queue took. The others are safe.
 
-        `properties` are BasicProperties for all. Raises pika's error if the broker refuses, or is away for too long.
+        `properties` are for all: a message_id is for one. Raises pika's error if the broker refuses, or is away too long.
         """
         exchange, key = self.options.exchange or "", self.options.routing_key if routing_key is None else routing_key
         properties = {**self.properties, "timestamp": int(time.time()), **properties}

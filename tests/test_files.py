@@ -31,7 +31,7 @@ def test_both_scripts_declare_the_same_queue() -> None:
 
 def test_an_import_changes_nothing_in_the_program() -> None:
     program = """
-import logging, signal, sys
+import logging, signal, sys, pika
 def state():
     loggers = [logging.getLogger(name) for name in (None, "pika", "producer", "consumer")]
     signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
