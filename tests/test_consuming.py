@@ -54,15 +54,15 @@ def test_a_message_is_acknowledged_after_it_was_handled(
 def test_a_handler_slower_than_the_heartbeat_keeps_its_connection(
     start: Start, run: Run, queue: str, broker: Broker
 ) -> None:
-    run("producer", "-q", queue, "4", "4.5", "0", "0")
+    run("producer", "-q", queue, "4", "4.5", "0", "0", "0")
 
-    consumer = start("consumer", "-q", queue, "--prefetch", "3", handle=SLOW, url=f"{broker.url}?heartbeat=1")
+    consumer = start("consumer", "-q", queue, "--prefetch", "4", handle=SLOW, url=f"{broker.url}?heartbeat=1")
     eventually(lambda: consumer.bodies == [b"4", b"4.5"])
 
-    # The fourth fits in the prefetch when the first is acknowledged: soon, not after the second.
+    # The fifth fits in the prefetch when the first is acknowledged: soon, not after the second.
     eventually(lambda: broker.depth(queue) == 0, timeout=3)
     assert consumer.bodies == [b"4", b"4.5"]
-    eventually(lambda: consumer.bodies == [b"4", b"4.5", b"0", b"0"])
+    eventually(lambda: consumer.bodies == [b"4", b"4.5", b"0", b"0", b"0"])
     assert (consumer.stop(), consumer.stderr) == (0, "")
     assert broker.depth(queue) == 0
 
@@ -159,7 +159,7 @@ PRINTING = {
 }
 
 
-@pytest.mark.parametrize("env", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("env", [{"PYTHONUNBUFFERED": ""}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
 @pytest.mark.parametrize("handle", PRINTING.values(), ids=PRINTING)
 def test_output_that_fails_stops_the_consumer(
     start: Start, run: Run, queue: str, handle: str, env: dict[str, str]

@@ -50,7 +50,7 @@ def test_every_byte_of_standard_input_comes_back(run: Run, queue: str, data: byt
 
 def test_a_reader_that_goes_leaves_the_rest_in_the_queue(start: Start, run: Run, queue: str, broker: Broker) -> None:
     run("producer", "-q", queue, "one")
-    consumer = start("consumer", "-q", queue, handle="", stdout=subprocess.PIPE)
+    consumer = start("consumer", "-q", queue, handle="", stdout=subprocess.PIPE, env={"PYTHONUNBUFFERED": ""})
     assert consumer.process.stdout
     assert consumer.process.stdout.readline() == b"one\n"
 
