@@ -1,9 +1,10 @@
-"""Fixtures of the long suite: a cluster, random numbers, and a broker that is up again after each test."""
+"""Fixtures of the long suite: a broker that is up again after each test, a user, a cluster, random numbers."""
 
 from __future__ import annotations
 
+import contextlib
 import random
-from typing import Iterator
+from typing import Callable, Iterator
 
 import pytest
 
@@ -25,6 +26,23 @@ def running_again(broker: Broker, queue: str) -> Iterator[None]:
 def rng(request: pytest.FixtureRequest) -> random.Random:
     """Random numbers, the same again for the same --seed and test."""
     return random.Random(f"{request.config.getoption('--seed')} {request.node.name}")
+
+
+Somebody = Callable[..., str]
+
+
+@pytest.fixture
+def somebody(own_broker: Broker) -> Iterator[Somebody]:
+    """Give a user `somebody` these permissions, and return the URL, or another, with that user and its password."""
+    own_broker.ctl("add_user", "somebody", "s3cret")
+
+    def somebody(url: str = own_broker.url, configure: str = ".*", write: str = ".*", read: str = ".*") -> str:
+        own_broker.ctl("set_permissions", "somebody", configure, write, read)
+        return url.replace("guest:guest", "somebody:s3cret")
+
+    yield somebody
+    with contextlib.suppress(RuntimeError):  # the test has deleted it
+        own_broker.ctl("delete_user", "somebody")
 
 
 @pytest.fixture(scope="module")

@@ -52,9 +52,8 @@ def pauses(script: Script) -> list[float]:
 
 
 def until_tried(*scripts: Script, times: int = 1) -> None:
-    """Return when each of the scripts has announced that many further tries to connect."""
-    for script in scripts:
-        eventually(lambda tried=script: len(pauses(tried)) >= times, what="it tries to connect")  # type: ignore[misc]
+    """Return when each of the scripts has announced that many tries to connect."""
+    eventually(lambda: all(len(pauses(script)) >= times for script in scripts), what="they try to connect")
 
 
 class Handled:
@@ -106,7 +105,10 @@ class Stream:
 
     def flow(self, more: int) -> None:
         """Return when that many more messages have been handled."""
-        self.handled.until(self.handled.count + more)
+        try:
+            self.handled.until(self.handled.count + more)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.producer.stderr}\n{self.consumer.stderr}") from None
 
     def end(self) -> None:
         """Return when nothing more is sent."""

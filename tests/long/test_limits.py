@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import re
 import ssl
 import threading
 from pathlib import Path
@@ -15,6 +16,7 @@ import trustme
 
 from broker import Broker, eventually
 from conftest import SCRIPTS, Run, Start
+from long.conftest import Somebody
 
 
 def test_the_largest_message_arrives_and_one_byte_more_is_refused(
@@ -41,21 +43,19 @@ def peak_memory(pid: int) -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_memory_does_not_grow_with_the_input(start: Start, broker: Broker, queue: str) -> None:
-    peaks = []
-    for lines, some in (1000, 1000), (1_000_000, 100_000):  # a million empty lines come in one read
-        producer = start("producer", "-q", queue, "-")
-        threading.Thread(target=producer.write, args=[b"\n" * lines], daemon=True).start()
-        consumer = start("consumer", "-q", queue, "--prefetch", "300")
-        eventually(lambda target=consumer, count=some: target.stdout.count(b"\n") >= count)  # type: ignore[misc]
-        peaks.append([peak_memory(script.process.pid) for script in (producer, consumer)])
-        for script in producer, consumer:
-            script.process.kill()
-        with broker.connect() as connection:
-            connection.channel().queue_purge(queue)
+def test_memory_does_not_grow_with_the_input(start: Start, queue: str) -> None:
+    consumer = start("consumer", "-q", queue, "--prefetch", "300")
+    few = start("producer", "-q", queue, "-")
+    few.write(b"\n" * 1000)
+    eventually(lambda: len(consumer.stdout) == 1000)
+    before = peak_memory(few.process.pid), peak_memory(consumer.process.pid)
 
-    for few, many in zip(*peaks):
-        assert many < 1.5 * few, peaks
+    many = start("producer", "-q", queue, "-", input=b"\n" * 1_000_000)  # which is one read
+    eventually(lambda: len(consumer.stdout) > 100_000)
+
+    after = peak_memory(many.process.pid), peak_memory(consumer.process.pid)
+    assert after[0] < 1.5 * before[0], (before, after)
+    assert after[1] < 1.5 * before[1], (before, after)
 
 
 SLOW = """
@@ -68,10 +68,12 @@ def handle(method, properties, body):
 @pytest.fixture
 def impatient_broker(own_broker: Broker) -> Iterator[Broker]:
     """The broker waits two seconds for an acknowledgement."""
-    setting = "[application:set_env(rabbit, Key, Value) || {{Key, Value}} <- [{{consumer_timeout, {}}}, {{channel_tick_interval, {}}}]]."
+    setting = (
+        "application:set_env(rabbit, consumer_timeout, {}), application:set_env(rabbit, channel_tick_interval, {})."
+    )
     own_broker.ctl("eval", setting.format(2000, 1000))
     yield own_broker
-    own_broker.ctl("eval", setting.format(1800000, 60000))
+    own_broker.ctl("eval", setting.format(1_800_000, 60_000))
 
 
 def test_a_handler_slower_than_the_broker_allows_is_reported(
@@ -87,51 +89,28 @@ def test_a_handler_slower_than_the_broker_allows_is_reported(
     assert "slower than allowed; next try" in consumer.stderr
 
 
-ALL = '<<".*">>'
-NONE = '<<"^$">>'
-USERS = {"no-configure": (NONE, ALL, ALL), "no-write": (ALL, NONE, ALL), "no-read": (ALL, ALL, NONE)}
-
-
-@pytest.fixture
-def url_of(own_broker: Broker) -> Iterator[Callable[[str], str]]:
-    """The URL for each of USERS."""
-    users = ", ".join(f'{{<<"{user}">>, {", ".join(permissions)}}}' for user, permissions in USERS.items())
-    own_broker.ctl(
-        "eval",
-        f"""[begin
-        ok = rabbit_auth_backend_internal:add_user(User, <<"s3cret">>, <<"tests">>),
-        ok = rabbit_auth_backend_internal:set_permissions(User, <<"/">>, Configure, Write, Read, <<"tests">>)
-        end || {{User, Configure, Write, Read}} <- [{users}]].""",
-    )  # one call, because each boots a VM
-    yield lambda user: own_broker.url.replace("guest:guest", f"{user}:s3cret")
-    names = ", ".join(f'<<"{user}">>' for user in USERS)
-    own_broker.ctl("eval", f'[rabbit_auth_backend_internal:delete_user(User, <<"tests">>) || User <- [{names}]].')
-
-
-def test_a_user_who_may_not_configure_can_use_a_queue_that_exists(
-    run: Run, queue: str, url_of: Callable[[str], str]
-) -> None:
+def test_a_user_who_may_not_configure_can_use_a_queue_that_exists(run: Run, queue: str, somebody: Somebody) -> None:
     run("consumer", "-q", queue, "--drain")  # declares it
+    url = somebody(configure="^$")
 
-    producer = run("producer", "-q", queue, "one", url=url_of("no-configure"))
-    consumer = run("consumer", "-q", queue, "--drain", url=url_of("no-configure"))
+    producer = run("producer", "-q", queue, "one", url=url)
+    consumer = run("consumer", "-q", queue, "--drain", url=url)
 
     assert consumer.bodies == [b"one"]
     for script in producer, consumer:
         [warning] = [line for line in script.stderr.splitlines() if "published" not in line]
-        assert "warning: the queue is used as it is: ACCESS_REFUSED - configure access to queue" in warning
+        assert re.search("warning: the queue is used as it is: ACCESS_REFUSED - .*access to queue", warning)
 
 
-@pytest.mark.parametrize(("name", "user"), [("producer", "no-write"), ("consumer", "no-read")])
+@pytest.mark.parametrize(("name", "missing"), [("producer", "write"), ("consumer", "read")])
 def test_a_user_who_may_not_use_the_queue_is_refused_at_once(
-    name: str, user: str, run: Run, queue: str, url_of: Callable[[str], str]
+    name: str, missing: str, run: Run, queue: str, somebody: Somebody
 ) -> None:
     run("producer", "-q", queue, "one")
 
-    script = run(name, "-q", queue, url=url_of(user), code=1)
+    script = run(name, "-q", queue, url=somebody(**{missing: "^$"}), code=1)
 
-    assert "error: 127.0.0.1:" in script.stderr.splitlines()[-1]
-    assert "ACCESS_REFUSED" in script.stderr.splitlines()[-1]
+    assert re.search("error: 127.0.0.1:.*ACCESS_REFUSED", script.stderr.splitlines()[-1])
     assert "next try" not in script.stderr
     assert run("consumer", "-q", queue, "--drain").bodies == [b"one"]
 
@@ -154,7 +133,8 @@ class TLSProxy:
         await asyncio.gather(self.forward(reader, to_broker), self.forward(from_broker, writer))
 
     async def forward(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        while data := await source.read(65536):
+        while not source.at_eof():
+            data = await source.read(65536)
             sink.write(data)
             self.passed += len(data)
         sink.close()
