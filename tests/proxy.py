@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-import time
 from urllib.parse import urlsplit
 
 
 class Line:
     """One connection through the proxy."""
 
-    def __init__(self, client: socket.socket, server: socket.socket, delay: float) -> None:
+    def __init__(self, client: socket.socket, server: socket.socket) -> None:
         self.sockets = (client, server)
-        self.delay = delay  # seconds that everything takes to the other end
         self.muted = False
         for ends in (client, server), (server, client):
             threading.Thread(target=self.forward, args=ends, daemon=True).start()
@@ -24,7 +22,6 @@ class Line:
         with contextlib.suppress(OSError):
             while True:
                 data = source.recv(65536)
-                time.sleep(self.delay)
                 if self.muted:
                     return  # and leave both ends open
                 if not data:
@@ -47,7 +44,6 @@ class Proxy:
         parts = urlsplit(url)
         self.target = (parts.hostname, parts.port)
         self.lines: list[Line] = []
-        self.delay = 0.0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         self.url = url.replace(f"@{parts.hostname}:{parts.port}", f"@127.0.0.1:{self.port}")
@@ -58,7 +54,7 @@ class Proxy:
             while True:
                 client = listener.accept()[0]
                 try:
-                    self.lines.append(Line(client, socket.create_connection(self.target), self.delay))
+                    self.lines.append(Line(client, socket.create_connection(self.target)))
                 except OSError:
                     client.close()
 

@@ -121,15 +121,6 @@ def test_count_takes_so_many_and_leaves_the_others(run: Run, queue: str) -> None
     assert run("consumer", "-q", queue, "--drain").bodies == [b"5", b"6", b"7", b"8", b"9"]
 
 
-def test_drain_waits_for_messages_that_are_long_on_their_way(run: Run, queue: str, proxy: Proxy) -> None:
-    run("producer", "-q", queue, *"123456789")
-    proxy.delay = 0.3
-
-    consumer = run("consumer", "-q", queue, "--drain", "--prefetch", "3", url=proxy.url)
-
-    assert consumer.bodies == [b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"8", b"9"]
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_stopped_consumer_finishes_one_and_gives_back_the_others(
     start: Start, run: Run, queue: str, broker: Broker, number: signal.Signals
