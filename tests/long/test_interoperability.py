@@ -129,7 +129,7 @@ def test_messages_come_to_c_as_they_were_sent(run: Run, queue: str, amqp_tool: C
     assert amqp_tool("amqp-consume", "-q", queue, "-c", "1", "cat") == b"second"
 
 
-def test_a_message_without_properties_or_with_no_text_in_them_is_handled(
+def test_a_message_without_properties_or_text_in_them_is_handled(
     run: Run, declared: str, amqp_tool: Callable[..., bytes]
 ) -> None:
     no_text = os.fsdecode(b"\xff\xfe")
@@ -142,7 +142,7 @@ def test_a_message_without_properties_or_with_no_text_in_them_is_handled(
     assert len(consumer.stderr.splitlines()) == 2
 
 
-def test_a_message_that_cannot_be_decoded_moves_to_dead_and_the_others_are_handled(
+def test_a_message_that_cannot_be_decoded_moves_to_dead(
     start: Start, run: Run, queue: str, node: Callable[..., str], broker: Broker
 ) -> None:
     limit = 'consumer.QUEUE_ARGUMENTS.update({"x-delivery-limit": 3, "x-delayed-retry-min": 200})'
