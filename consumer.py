@@ -73,14 +73,15 @@ def declare(connection: pika.BlockingConnection, options: argparse.Namespace) ->
         try:
             channel.queue_declare(queue=queue, durable=True, arguments=arguments)
             channel.queue_declare(queue=f"{queue}.dead", durable=True, arguments=DEAD_QUEUE_ARGUMENTS)
-        except ChannelClosedByBroker as error:  # it has other settings, or the user no right to configure it
+        except ChannelClosedByBroker as error:
+            if error.reply_code not in (403, 406):  # no right to configure it; it has other settings
+                raise
             log.warning("warning: the queue is used as it is: %s", error.reply_text)
             channel = connection.channel()
     return channel
 
 
 def describe(error: BaseException, options: argparse.Namespace) -> str:
-    """The broker's address, and what went wrong there."""
     text = str(error) or repr(error)  # some of pika's errors have no text
     if "ConnectionRefusedError" in text:
         text = "connection refused; start a broker with: docker compose up -d --wait"
@@ -161,19 +162,13 @@ class Consumer:
                 while before < len(waiting) <= self.options.prefetch // 2:  # until enough has come, or no more comes
                     before = len(waiting)
                     connection.process_data_events(time_limit=0 if waiting else 0.2)
-                if not channel.consumer_tags:
-                    raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
+                handled: list[int] = []  # delivery tags
+                failed: list[int] = []
                 if waiting:
-                    handled: list[int] = []  # delivery tags
-                    failed: list[int] = []
                     batch = worker.submit(self.handle_batch, waiting, handled, failed)
                     while not batch.done():
                         futures.wait([batch], timeout=0.1)
                         connection.process_data_events()
-                    for delivery_tag in failed:  # a reject counts towards x-delivery-limit, a nack (since 4.3) does not
-                        channel.basic_reject(delivery_tag=delivery_tag, requeue=True)
-                    if handled:  # all up to the last; those that failed are rejected already
-                        channel.basic_ack(delivery_tag=handled[-1], multiple=True)
                     batch.result()  # raises what else went wrong
                 elif self.options.drain:
                     # Asks twice: the first answer can overtake messages on their way, the second comes after them.
@@ -181,6 +176,12 @@ class Consumer:
                     connection.process_data_events()
                     if not any(ready) and not waiting:
                         self.stopping = True
+                if not channel.consumer_tags:
+                    raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
+                for delivery_tag in failed:  # a reject counts towards x-delivery-limit, a nack (since 4.3) does not
+                    channel.basic_reject(delivery_tag=delivery_tag, requeue=True)
+                if handled:  # all up to the last; those that failed are rejected already
+                    channel.basic_ack(delivery_tag=handled[-1], multiple=True)
             connection.process_data_events()  # empties pika's buffer: a cancel rejects what is in it, as a failure
             channel.basic_cancel(consumer_tag=tag)
             channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)
@@ -222,9 +223,8 @@ class Consumer:
 
 
 def nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader has gone."""
     poll = select.poll()
-    poll.register(1, 0)  # for errors, which are always reported
+    poll.register(1, 0)  # standard output, for errors only: a pipe whose reader has gone is one
     return bool(poll.poll(0))
 
 

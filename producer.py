@@ -62,14 +62,15 @@ def declare(connection: pika.BlockingConnection, options: argparse.Namespace) ->
         try:
             channel.queue_declare(queue=queue, durable=True, arguments=arguments)
             channel.queue_declare(queue=f"{queue}.dead", durable=True, arguments=DEAD_QUEUE_ARGUMENTS)
-        except ChannelClosedByBroker as error:  # it has other settings, or the user no right to configure it
+        except ChannelClosedByBroker as error:
+            if error.reply_code not in (403, 406):  # no right to configure it; it has other settings
+                raise
             log.warning("warning: the queue is used as it is: %s", error.reply_text)
             channel = connection.channel()
     return channel
 
 
 def describe(error: BaseException, options: argparse.Namespace) -> str:
-    """The broker's address, and what went wrong there."""
     text = str(error) or repr(error)  # some of pika's errors have no text
     if "ConnectionRefusedError" in text:
         text = "connection refused; start a broker with: docker compose up -d --wait"
@@ -119,7 +120,6 @@ class Producer:
 
     def publish(self, bodies: Sequence[bytes], routing_key: str | None = None, **properties: Any) -> int:
         """Publish some thousand messages at most; return how many of them no queue took. The others are safe.
-
         `properties` are for all: a message_id is for one. Raises pika's error if the broker refuses, or is away too long.
         """
         exchange, key = self.options.exchange or "", self.options.routing_key if routing_key is None else routing_key
@@ -199,8 +199,8 @@ def read_lines() -> Iterator[list[bytes]]:
     for data in iter(lambda: os.read(0, 2**20), b""):
         rest += data
         if b"\n" in data:
-            *lines, last = bytes(rest).split(b"\n")
-            rest = bytearray(last)
+            lines = bytes(rest).split(b"\n")
+            rest = bytearray(lines.pop())
             for start in range(0, len(lines), BATCH_SIZE):
                 yield lines[start : start + BATCH_SIZE]
     if rest:
