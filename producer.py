@@ -88,7 +88,7 @@ def retry_delay(error: BaseException, outage_began: float, options: argparse.Nam
     return delay
 
 
-def broker_urls(text: str) -> list[pika.URLParameters]:
+def urls(text: str) -> list[pika.URLParameters]:
     """The connection parameters of each URL; errors do not repeat the URL, because of its password."""
     with contextlib.suppress(Exception):  # pika raises many types
         if text.startswith(("amqp://", "amqps://")):  # no split(","), because a URL can contain commas
@@ -99,7 +99,7 @@ def broker_urls(text: str) -> list[pika.URLParameters]:
 def common_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--url", dest="urls", type=broker_urls, default=os.environ.get("AMQP_URL") or URL, metavar="URL[,URL...]")
+    add("--url", dest="urls", type=urls, default=os.environ.get("AMQP_URL") or URL, help="URL[,URL]; or set AMQP_URL")
     add("-q", "--queue", help=f"default without -e: {QUEUE}")
     add("-e", "--exchange", help="must exist, unless -t is given")
     add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange, of this type")

@@ -37,19 +37,25 @@ RULES: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
 
 @pytest.mark.parametrize(("kind", "sends", "gets"), RULES.values(), ids=RULES)
 def test_an_exchange_routes_by_the_rules_of_its_type(
-    run: Run, start: Start, broker: Broker, exchange: str, kind: str, sends: dict[str, str], gets: dict[str, str]
+    start: Start, broker: Broker, exchange: str, kind: str, sends: dict[str, str], gets: dict[str, str]
 ) -> None:
     queues = {options: f"{exchange}-{number}" for number, options in enumerate(gets)}
-    for options, queue in queues.items():
-        run("consumer", "-e", exchange, "-t", kind, "-q", queue, *options.split(), "--drain")
 
+    def drained(*arguments: str) -> dict[str, list[bytes]]:
+        """What each queue had."""
+        consumers = {
+            options: start("consumer", "-q", queue, "--drain", *arguments, *(options.split() if arguments else []))
+            for options, queue in queues.items()
+        }
+        assert {consumer.end() for consumer in consumers.values()} == {0}
+        return {options: sorted(consumer.bodies) for options, consumer in consumers.items()}
+
+    drained("-e", exchange, "-t", kind)  # declares and binds
     producers = {message: start("producer", "-e", exchange, *sends[message].split(), message) for message in sends}
     routed = {message for message, producer in producers.items() if producer.end() == 0}
 
     assert routed == {message for messages in gets.values() for message in messages.split()}
-    for options, queue in queues.items():
-        bodies = run("consumer", "-q", queue, "--drain").bodies
-        assert sorted(bodies) == gets[options].encode().split(), options
+    assert drained() == {options: messages.encode().split() for options, messages in gets.items()}
     with broker.connect() as connection:
         for queue in queues.values():
             connection.channel().queue_delete(queue)
