@@ -14,6 +14,7 @@ import pytest
 from broker import ROOT, Broker
 from conftest import Run, Start
 
+pytestmark = pytest.mark.timeout(60)  # with another handle, a test may wait for output in vain
 LINES = {
     "numbers": b"".join(b"%d\n" % number for number in range(10_000)),
     "CRLF, empty lines and NULs": b"one\r\n\r\n\n\n\0\n\0\0two\0\n\xff\xfe\n",
