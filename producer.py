@@ -36,7 +36,7 @@ QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
     "x-delivery-limit": 20,  # how often a message that `handle` fails on comes again before it moves to NAME.dead
     "x-delayed-retry-type": "failed",  # RabbitMQ 4.3 and later wait before it comes again
-    "x-delayed-retry-min": 1000,  # ms, times the number of failures so far
+    "x-delayed-retry-min": 1000,  # ms, times how often it has failed
     "x-delayed-retry-max": 60000,  # ms
     "x-dead-letter-exchange": "",
     "x-dead-letter-strategy": "at-least-once",  # https://www.rabbitmq.com/docs/quorum-queues#dead-lettering

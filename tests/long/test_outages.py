@@ -6,14 +6,13 @@ import random
 import re
 import subprocess
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Callable
 
 import pytest
 
 from broker import Broker, eventually
-from conftest import SCRIPTS, Gate, Run, Start, UntilConsuming
+from conftest import SCRIPTS, Gate, Run, Start
 from long.cluster import Cluster
 from long.conftest import Somebody
 from long.faults import HANDLE, Handled, Stream, freeze, kill, lines, pauses, stop, thaw, until_tried
@@ -159,23 +158,6 @@ def test_a_full_queue_is_given_up_after_the_connect_timeout(start: Start, broker
     assert "next try" in producer.stderr
 
 
-def test_a_queue_that_is_deleted_under_its_consumer_is_declared_again(
-    start: Start, run: Run, broker: Broker, queue: str, until_consuming: UntilConsuming
-) -> None:
-    consumer = start("consumer", "-q", queue)
-    until_consuming(queue)
-
-    with broker.connect() as connection:
-        connection.channel().queue_delete(queue)
-    until_tried(consumer)
-    until_consuming(queue)
-    run("producer", "-q", queue, "one")
-
-    eventually(lambda: consumer.bodies == [b"one"])
-    assert consumer.stop() == 0
-    assert "consumer cancelled: queue deleted" in consumer.stderr
-
-
 def test_nothing_is_lost_when_consumers_are_killed_again_and_again(
     start: Start, run: Run, broker: Broker, queue: str, rng: random.Random
 ) -> None:
@@ -211,24 +193,6 @@ def test_what_a_killed_producer_published_has_no_gap(
         numbers = stream.handled.numbers + [int(body) for body in run("consumer", "-q", queue, "--drain").bodies]
         assert sorted(numbers) == list(range(1, len(numbers) + 1))
         assert len(numbers) <= stream.sent
-
-
-def test_a_message_whose_connection_is_cut_while_it_is_handled_comes_again(
-    start: Start, run: Run, broker: Broker, queue: str, proxy: Proxy, gate: Gate
-) -> None:
-    run("producer", "-q", queue, "one", "two", "three")
-    handle = f"def handle(method, properties, body):\n    print(body.decode(), flush=True)\n    {gate.statement}"
-    consumer = start("consumer", "-q", queue, handle=handle, url=proxy.url)
-    eventually(lambda: consumer.bodies == [b"one"])
-
-    proxy.cut()
-    until_tried(consumer)
-    gate.open()
-
-    eventually(lambda: Counter(consumer.bodies) == {b"one": 2, b"two": 1, b"three": 1})
-    eventually(lambda: broker.depth(queue) == 0)
-    assert consumer.stop() == 0
-    assert (broker.depth(queue), broker.depth(f"{queue}.dead")) == (0, 0)
 
 
 ENDINGS = {
