@@ -95,9 +95,10 @@ WRONG = {
 
 @pytest.mark.parametrize("handle", WRONG.values(), ids=WRONG)
 def test_a_wrong_handler_acknowledges_nothing(run: Run, queue: str, broker: Broker, handle: str) -> None:
+    run("consumer", "-q", queue, "--drain", handle=SHORT + handle)  # declares the queue
     run("producer", "-q", queue, "one", "two")
 
-    consumer = run("consumer", "-q", queue, "--count", "1", handle=handle)
+    consumer = run("consumer", "-q", queue, "--count", "1", handle=SHORT + handle)
 
     assert "TypeError" in consumer.stderr
     eventually(lambda: broker.depth(queue) == 2)

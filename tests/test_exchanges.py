@@ -108,4 +108,3 @@ def test_the_same_name_in_another_virtual_host_is_another_queue(run: Run, own_br
 
     assert run("consumer", "-q", queue, "--drain").bodies == [b"here"]
     assert run("consumer", "-q", queue, "--drain", url=other).bodies == [b"there"]
-    own_broker.ctl("delete_vhost", vhost)
