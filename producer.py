@@ -120,7 +120,9 @@ class Producer:
 
     def publish(self, bodies: Sequence[bytes], routing_key: str | None = None, **properties: Any) -> int:
         """Publish some thousand messages at most; return how many of them no queue took. The others are safe.
-        `properties` are for all: a message_id is for one. Raises pika's error if the broker refuses, or is away too long.
+
+        The properties are for all, so give a message_id to one message only. Raises pika's error if the broker refuses,
+        or is away for --connect-timeout.
         """
         exchange, key = self.options.exchange or "", self.options.routing_key if routing_key is None else routing_key
         properties = {**self.properties, "timestamp": int(time.time()), **properties}
@@ -211,9 +213,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common_options()
     parser.add_argument("-r", "--routing-key", default="", help="what the exchange routes by; default: empty")
     parser.add_argument("--content-type", default="text/plain", help="default: %(default)s")
-    parser.add_argument(
-        "messages", nargs="*", metavar="MESSAGE", default=["Hello World!"], help="or - for lines of stdin"
-    )
+    parser.add_argument("messages", nargs="*", metavar="MESSAGE", default=["Hello World!"], help="or - for stdin")
     options = parser.parse_args(argv)
     if not all("=" in text for text in options.header):
         parser.error("-H: expected KEY=VALUE")
