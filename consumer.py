@@ -3,44 +3,43 @@
     python consumer.py                      write each message to standard output, one a line
     python consumer.py --drain > messages   the same, until the queue is empty
 
-Guaranteed: a message is acknowledged after `handle` returned; whatever breaks before, it comes again. If `handle`
-fails, it comes later, and moves to the queue NAME.dead in the end. `handle` may take 30 minutes. Outages are waited for.
-Not guaranteed: that a message comes once only, nor in order. A private queue (-e without -q) ends with its connection.
-To make it yours, replace `handle`. The other half of the pair is producer.py.
+Guaranteed: a message is acknowledged after `handle` returned; whatever breaks before, it is delivered again. One that
+fails waits for another try while others are handled, and in the end moves to the queue NAME.dead.
+Not guaranteed: that a message is delivered only once, nor the order. To make it yours, replace `handle`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import errno
+import copy
 import logging
-import math
 import os
 import random
-import select
+import re
 import signal
 import sys
 import time
-from collections import deque
 from concurrent import futures
 from typing import Any, Sequence
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
-from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosedByBroker, ConsumerCancelled
+from pika.exceptions import AMQPChannelError, AMQPConnectionError, AMQPError, ChannelClosedByBroker, ConsumerCancelled
 
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
-CONNECT_TIMEOUT = math.inf  # seconds; a service that is restarted by something else may want less
-PREFETCH = 10  # taken in advance, all to be done in 30 minutes: 1 for jobs of minutes, 100 to 300 for the highest rate
+TIMEOUT = float(
+    "inf"
+)  # seconds without a connection after which to give up; less, if something else restarts the program
+PREFETCH = 10  # messages taken in advance: 1 for jobs of minutes, 100 to 300 for the highest rate
 QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
-    "x-delivery-limit": 20,  # how often a message that `handle` fails on comes again before it moves to NAME.dead
-    "x-delayed-retry-type": "failed",  # RabbitMQ 4.3 and later wait before it comes again
-    "x-delayed-retry-min": 1000,  # ms, times how often it has failed
-    "x-delayed-retry-max": 60000,  # ms
+    "x-delivery-limit": 20,  # how often a message that failed is delivered again before it moves to NAME.dead
+    "x-delayed-retry-type": "failed",  # RabbitMQ 4.3 and later wait before they deliver it again
+    "x-delayed-retry-min": 10_000,  # ms, times how often it has failed
+    "x-delayed-retry-max": 300_000,  # ms
     "x-dead-letter-exchange": "",
     "x-dead-letter-strategy": "at-least-once",  # https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
     "x-overflow": "reject-publish",  # is required by at-least-once
@@ -48,26 +47,45 @@ QUEUE_ARGUMENTS = {
 DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}  # RabbitMQ 4 drops after 20 by default
 
 
+class Reject(Exception):
+    """Raised by `handle` for a message that can never be handled; it moves to NAME.dead at once."""
+
+
 def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
-    """Return when the message is done with. An exception has it delivered again later; sys.exit() ends the program."""
+    """Return when the message is done with. If this raises, it is tried again later; sys.exit() ends the program."""
     line = body + b"\n"
-    while line:  # because `python -u` may write a part
-        line = line[sys.stdout.buffer.write(line) :]
+    try:
+        while line:  # a signal can interrupt the writing of a long line
+            line = line[os.write(1, line) :]
+    except OSError as error:
+        sys.exit(0 if isinstance(error, BrokenPipeError) else f"error: standard output: {error.strerror}")
 
 
-# From here to `common_options`, the text is the same in producer.py and consumer.py.
-OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
-# What the broker, or TLS, says when another try is useless. NOT_FOUND without "no" can be a queue whose node is down.
-FINAL = "ACCESS_REFUSED", "NOT_ALLOWED", "NOT_FOUND - no", "PRECONDITION_FAILED", "RESOURCE_LOCKED", "CERTIFICATE"
+# From here to `parse_options`, the text is the same in producer.py and consumer.py.
 log = logging.getLogger(__name__)
+ERRORS = (AMQPError, AMQPConnectorException, OSError)  # all that the broker and the network cause
+OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # these are waited for, unless FINAL
+# What the broker, or TLS, says when another try is useless. "NOT_FOUND - home node" is temporary.
+FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILED|RESOURCE_LOCKED|CERTIFICATE_VERIFY"
+
+
+def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
+    """Connect to the first URL, within half of --timeout, so that there is time for the next one."""
+    parameters, half = copy.copy(options.urls[0]), max(1, options.timeout / 2)
+    left = last_progress + options.timeout - time.monotonic()
+    parameters.stack_timeout = min(parameters.stack_timeout, half, max(1, left))
+    # When the broker takes no more data, no time limit of pika's holds, but this one of Linux does.
+    parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * min(30, half)), **(parameters.tcp_options or {})}
+    name = f"{os.path.basename(sys.argv[0])} on {os.uname().nodename}, process {os.getpid()}"
+    parameters.client_properties = {"connection_name": name, **(parameters.client_properties or {})}
+    return pika.BlockingConnection(parameters)
 
 
 def declare(connection: pika.BlockingConnection, options: argparse.Namespace) -> BlockingChannel:
     """Declare the exchange and the queue that the options name; return an open channel."""
-    channel, exchange, queue = connection.channel(), options.exchange, options.queue
-    if exchange:
-        kind = options.type or "direct"  # ignored by a passive declaration, which asks whether the exchange exists
-        channel.exchange_declare(exchange=exchange, exchange_type=kind, durable=True, passive=not options.type)
+    channel, exchange, kind, queue = connection.channel(), options.exchange, options.type, options.queue
+    if exchange:  # a passive declaration asks whether it exists, of whatever type
+        channel.exchange_declare(exchange=exchange, exchange_type=kind or "direct", durable=True, passive=not kind)
     if queue and not queue.endswith(".dead"):  # NAME.dead is declared together with NAME
         arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{queue}.dead"}
         try:
@@ -82,53 +100,59 @@ def declare(connection: pika.BlockingConnection, options: argparse.Namespace) ->
 
 
 def describe(error: BaseException, options: argparse.Namespace) -> str:
+    """The error in one line, with the address that was tried."""
     text = str(error) or repr(error)  # some of pika's errors have no text
     if "ConnectionRefusedError" in text:
         text = "connection refused; start a broker with: docker compose up -d --wait"
-    return f"{options.urls[0].host}:{options.urls[0].port}: {text}"
+    return f"{options.urls[0].host}:{options.urls[0].port}: {text}" if isinstance(error, ERRORS) else text
 
 
-def retry_delay(error: BaseException, outage_began: float, options: argparse.Namespace) -> float:
-    """Log the error, and return the seconds to the next try; raises the error if there is to be none."""
-    lasted, text = time.monotonic() - outage_began, describe(error, options)
-    if lasted >= options.connect_timeout or any(words in text for words in FINAL):
+def raise_or_delay(error: Exception, last_progress: float, options: argparse.Namespace) -> float:
+    """Raise the error if it is final, or --timeout is over; else log it, and return the seconds to the next try."""
+    text, lasted = describe(error, options), time.monotonic() - last_progress
+    if re.search(FINAL, text) or lasted >= options.timeout:
         raise error
-    delay = random.uniform(0.5, 1) * min(0.5 + lasted, 5)  # random, so that clients do not all come at once
+    delay: float = min(random.uniform(0.5, 1) * min(0.2 + lasted, 5), options.timeout - lasted)
     log.warning("%s; next try in %.1f s", text, delay, exc_info=options.verbose)
-    options.urls.append(options.urls.pop(0))  # each try is at the next URL
+    options.urls = options.urls[1:] + options.urls[:1]  # the next try is at the next URL
     return delay
 
 
-def urls(text: str) -> list[pika.URLParameters]:
+def parse_urls(text: str) -> list[pika.URLParameters]:
     """The connection parameters of each URL; errors do not repeat the URL, because of its password."""
     with contextlib.suppress(Exception):  # pika raises many types
-        if text.startswith(("amqp://", "amqps://")):  # no split(","), because a URL can contain commas
-            return [pika.URLParameters(url) for url in text.replace(",amqp", " amqp").split()]
+        if text.startswith(("amqp://", "amqps://")):
+            return [pika.URLParameters(url) for url in re.split(r",\s*(?=amqps?://)", text)]
     raise argparse.ArgumentTypeError("expected amqp://USER:PASSWORD@HOST:PORT/VHOST, special characters as %XX")
 
 
-def common_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the options of the parser, and those that both scripts have."""
     add = parser.add_argument
-    add("--url", dest="urls", type=urls, default=os.environ.get("AMQP_URL") or URL, help="URL[,URL]; or set AMQP_URL")
-    add("-q", "--queue", help=f"default without -e: {QUEUE}")
-    add("-e", "--exchange", help="must exist, unless -t is given")
+    add("--url", dest="urls", type=parse_urls, default=os.environ.get("AMQP_URL") or URL, help="URL[,URL]; or AMQP_URL")
+    add("-q", "--queue", metavar="NAME", help=f"default without -e: {QUEUE}")
+    add("-e", "--exchange", metavar="NAME", help="must exist, unless -t is given")
     add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange, of this type")
     add("-H", "--header", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
-    add("--connect-timeout", type=float, default=CONNECT_TIMEOUT, metavar="SECONDS", help="default: %(default)g")
+    add("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="without progress; default: %(default)g")
     add("-v", "--verbose", action="store_true", help="more on stderr")
-    return parser
+    options = parser.parse_args(argv)
+    if "" in (options.queue, options.exchange) or len(re.sub(r"\.dead$", "", options.queue or "").encode()) > 250:
+        parser.error("-q and -e: expected a name, of 250 bytes at most")  # AMQP allows 255, also for NAME.dead
+    if not all("=" in text for text in options.header):
+        parser.error("-H: expected KEY=VALUE")
+    return options
 
 
 class Consumer:
     """Has `handle` work in a thread of its own, and serves the connection meanwhile."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
+        self.options, self.stopping = options, False
         self.remaining = options.count  # messages still to be given to `handle`
-        self.stopping = False
         self.ended_by: BaseException | None = None  # what `handle` raised to end the program
-        self.outage_began = time.monotonic()
+        self.last_connected, self.early_tries = time.monotonic(), 0
+        self.worker = futures.ThreadPoolExecutor(max_workers=1)
 
     def stop(self, signal_number: int = 0, *_: Any) -> None:
         """Stop after the message in hand; a second Ctrl-C ends the program at once."""
@@ -137,123 +161,132 @@ class Consumer:
         self.stopping = True
 
     def run(self) -> None:
-        """Consume until told to stop. Raises pika's error if the broker refuses, or is away for --connect-timeout."""
-        with futures.ThreadPoolExecutor(max_workers=1) as worker:
-            while self.remaining and not self.stopping:
-                try:
-                    with pika.BlockingConnection(self.options.urls[0]) as connection:
-                        self.consume(declare(connection, self.options), worker)
-                except OUTAGES as error:
-                    end = time.monotonic() + retry_delay(error, self.outage_began, self.options)
-                    while not self.stopping and time.monotonic() < end:
-                        time.sleep(0.1)
+        """Consume until told to stop. Raises one of ERRORS if the broker refuses, or is away for --timeout."""
+        while self.remaining and not self.stopping:
+            try:
+                with connect(self.last_connected, self.options) as connection:
+                    self.consume(declare(connection, self.options))
+            except OUTAGES as error:
+                next_try = time.monotonic() + raise_or_delay(error, self.last_connected, self.options)
+                while not self.stopping and time.monotonic() < next_try:
+                    time.sleep(0.1)
         if self.ended_by:
             raise self.ended_by
 
-    def consume(self, channel: BlockingChannel, worker: futures.Executor) -> None:
+    def consume(self, channel: BlockingChannel) -> None:
         """Have messages handled until told to stop, then give back the others."""
-        connection, queue = channel.connection, subscribe(channel, self.options)
-        waiting: deque[Any] = deque()  # method, properties and body of each message that has come
-        channel.basic_qos(prefetch_count=self.options.prefetch)
+        connection, queue = channel.connection, bind(channel, self.options)
+        waiting: list[Any] = []  # method, properties and body of each message that has come
+        held: dict[int, float] = {}  # when each message that failed is due to be given back, by delivery tag
+        channel.basic_qos(prefetch_count=min(self.options.prefetch, self.options.count))
         tag = channel.basic_consume(queue=queue, on_message_callback=lambda _, *delivery: waiting.append(delivery))
         try:
             while self.remaining and not self.stopping:
-                before = -1
-                while before < len(waiting) <= self.options.prefetch // 2:  # until enough has come, or no more comes
-                    before = len(waiting)
-                    connection.process_data_events(time_limit=0 if waiting else 0.2)
-                handled: list[int] = []  # delivery tags
-                failed: list[int] = []
-                if waiting:
-                    batch = worker.submit(self.handle_batch, waiting, handled, failed)
-                    while not batch.done():
-                        futures.wait([batch], timeout=0.1)
-                        connection.process_data_events()
-                    batch.result()  # raises what else went wrong
-                elif self.options.drain:
-                    # Asks twice: the first answer can overtake messages on their way, the second comes after them.
-                    ready = [channel.queue_declare(queue=queue, passive=True).method.message_count for _ in range(2)]
+                self.fetch(connection, waiting)
+                batch = self.worker.submit(self.work, waiting)
+                while not futures.wait([batch], timeout=0.1).done:
                     connection.process_data_events()
-                    if not any(ready) and not waiting:
-                        self.stopping = True
                 if not channel.consumer_tags:
-                    raise ConsumerCancelled("consumer cancelled: queue deleted, or handler slower than allowed")
-                for delivery_tag in failed:  # a reject counts towards x-delivery-limit, a nack (since 4.3) does not
-                    channel.basic_reject(delivery_tag=delivery_tag, requeue=True)
-                if handled:  # all up to the last; those that failed are rejected already
-                    channel.basic_ack(delivery_tag=handled[-1], multiple=True)
-            connection.process_data_events()  # empties pika's buffer: a cancel rejects what is in it, as a failure
+                    raise ConsumerCancelled("consumer cancelled: queue deleted, or a message took longer than allowed")
+                self.settle(channel, held, *batch.result())
+                if self.options.drain and not waiting and is_drained(channel, queue, waiting):
+                    self.stopping = True
+            connection.process_data_events()  # because basic_cancel rejects what pika has not passed on yet
             channel.basic_cancel(consumer_tag=tag)
-            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)
+            for delivery_tag in held:
+                channel.basic_reject(delivery_tag=delivery_tag, requeue=True)
+            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # which is no failure, since RabbitMQ 4.3
         finally:
             waiting.clear()  # these come again; a batch still running (after an outage) ends with the message in hand
-            self.outage_began = time.monotonic()
+            self.last_connected = time.monotonic()
 
-    def handle_batch(self, waiting: deque[Any], handled: list[int], failed: list[int]) -> None:
-        """Handle what is waiting: half the prefetch at most, or for 0.1 s, so that acknowledgements are not late."""
-        end = time.monotonic() + 0.1
-        for _ in range(max(1, self.options.prefetch // 2)):
-            if not waiting or not self.remaining or self.stopping or time.monotonic() > end:
-                return
-            method, properties, body = waiting.popleft()
+    def fetch(self, connection: pika.BlockingConnection, waiting: list[Any]) -> None:
+        """Take messages until more than half the prefetch is waiting, or no more comes (within 0.2 s for the first)."""
+        while len(waiting) <= self.options.prefetch // 2:
+            before = len(waiting)
+            connection.process_data_events(time_limit=0 if waiting else 0.2)
+            if len(waiting) == before:
+                break
+
+    def work(self, waiting: list[Any]) -> tuple[list[int], list[Any]]:
+        """Return the delivery tags of what was handled; and method, properties and error of what failed."""
+        handled: list[int] = []
+        failed: list[Any] = []
+        end, half = time.monotonic() + 0.1, self.options.prefetch / 2  # what was handled is acknowledged soon
+        while waiting and self.remaining and not self.stopping and len(handled) < half and time.monotonic() < end:
+            method, properties, body = waiting.pop(0)
             if self.options.verbose:
                 log.info("%s %s", method, properties)
             try:
-                result = handle(method, properties, body)
-                if result is not None:
-                    raise TypeError(f"handle returned {result!r}, not None; it must not be async, nor a generator")
+                if handle(method, properties, body) is not None:
+                    sys.exit("error: handle must return None, so it must not be async, nor a generator")
                 sys.stdout.flush()
                 handled.append(method.delivery_tag)
-            except (SystemExit, KeyboardInterrupt) as error:
+            except SystemExit as error:
                 self.ended_by, self.stopping = error, True
-                return
             except BaseException as error:  # asyncio.CancelledError is no Exception
-                closed = isinstance(error, BrokenPipeError) and nobody_reads()
-                if not closed:
-                    log.error("error: message %r: %.300r", properties.message_id, error, exc_info=self.options.verbose)
-                if closed or getattr(error, "errno", 0) == errno.ENOSPC:
-                    self.ended_by, self.stopping = SystemExit(0 if closed else 1), True
-                    # Python flushes again at exit: https://docs.python.org/3/library/signal.html#note-on-sigpipe
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-                    return
-                failed.append(method.delivery_tag)
-                if method.redelivered:
-                    time.sleep(0.2)  # otherwise a queue that has no delayed retry is a busy loop
+                log.error("error: message %r: %.300r", properties.message_id, error, exc_info=self.options.verbose)
+                failed.append((method, properties, error))
             self.remaining -= 1
+        return handled, failed
+
+    def settle(self, channel: BlockingChannel, held: dict[int, float], handled: list[int], failed: list[Any]) -> None:
+        """Acknowledge what was handled, and reject what failed: for good, or to be tried again, as soon as that is due.
+
+        Before RabbitMQ 4.3, what is rejected is delivered next, and so would soon fill the prefetch. While others succeed,
+        what is beyond half of it is tried early: 40 times for each success, so that this ends when everything fails.
+        """
+        now, private, dead = time.monotonic(), not self.options.queue, str(self.options.queue).endswith(".dead")
+        for method, properties, error in failed:
+            tag, headers = method.delivery_tag, properties.headers or {}
+            if isinstance(error, Reject) and not dead or private and method.redelivered:
+                channel.basic_reject(delivery_tag=tag, requeue=False)
+                if private:
+                    log.error("error: message %r is dropped: a private queue has no NAME.dead", properties.message_id)
+            else:
+                soon = not method.redelivered or "x-acquired-count" in headers  # RabbitMQ 4.3 has it wait by itself
+                held[tag] = now + (0.2 if soon else min(headers.get("x-delivery-count", 1), 5))
+        for tag in handled if held else handled[-1:]:
+            channel.basic_ack(delivery_tag=tag, multiple=not held)
+        self.early_tries = min(self.early_tries + 40 * len(handled), 100)
+        for tag in sorted(held, key=held.__getitem__):
+            if held[tag] > now:
+                if 2 * len(held) <= self.options.prefetch or not self.early_tries:
+                    break
+                self.early_tries -= 1
+            channel.basic_reject(delivery_tag=tag, requeue=True)
+            del held[tag]
 
 
-def nobody_reads() -> bool:
-    poll = select.poll()
-    poll.register(1, 0)  # standard output, for errors only: a pipe whose reader has gone is one
-    return bool(poll.poll(0))
+def is_drained(channel: BlockingChannel, queue: str, waiting: list[Any]) -> bool:
+    """Whether no message is in the queue, nor on its way. Asks twice, because an answer can overtake messages."""
+    ready = [channel.queue_declare(queue=queue, passive=True).method.message_count for _ in range(2)]
+    channel.connection.process_data_events()
+    return not any(ready) and not waiting
 
 
-def subscribe(channel: BlockingChannel, options: argparse.Namespace) -> str:
-    """The name of the queue, which is bound to the exchange, if there is one."""
+def bind(channel: BlockingChannel, options: argparse.Namespace) -> str:
+    """Bind the queue, or a private one, to the exchange, if there is one; return its name."""
     queue = str(options.queue or channel.queue_declare(queue="", exclusive=True).method.queue)
     if options.exchange:
         arguments = {"x-match": options.match, **dict(text.split("=", 1) for text in options.header)}
-        # By default any key at a topic exchange, an empty key at a direct one; the others ignore keys.
-        for key in options.routing_key or ["#", ""]:
+        for key in options.routing_key or ["#", ""]:  # any key at a topic exchange, no key at a direct one
             channel.queue_bind(queue=queue, exchange=options.exchange, routing_key=key, arguments=arguments)
     return queue
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = common_options()
-    add = parser.add_argument
-    add("-r", "--routing-key", action="append", help="of the binding to the exchange; repeatable")
-    add("--match", choices=["all", "any"], default="all", help="how many of the headers must match; default: all")
-    add("-c", "--count", type=int, default=math.inf, metavar="N", help="stop after N messages")
-    add("--drain", action="store_true", help="stop when the queue is empty")
-    add("--prefetch", type=int, default=PREFETCH, metavar="N", help="messages taken in advance; default: %(default)s")
-    options = parser.parse_args(argv)
-    if not all("=" in text for text in options.header):
-        parser.error("-H: expected KEY=VALUE")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-r", "--routing-key", action="append", metavar="KEY", help="of the binding; repeatable")
+    parser.add_argument("--match", choices=["all", "any"], default="all", help="how many of the headers; default: all")
+    parser.add_argument("-c", "--count", type=int, default=float("inf"), metavar="N", help="stop after N messages")
+    parser.add_argument("--drain", action="store_true", help="stop when the queue is empty")
+    parser.add_argument("--prefetch", type=int, default=PREFETCH, metavar="N", help="default: %(default)s")
+    options = parse_options(parser, argv)
     if not options.exchange and (options.type or options.routing_key or options.header):
         parser.error("-t, -r and -H need -e")
-    if options.count < 1:
-        parser.error("--count: at least 1")
+    if options.count < 1 or not 1 <= options.prefetch <= 65535:
+        parser.error("--count: at least 1; --prefetch: 1 to 65535")
     if sys.stdout is None:
         parser.error("standard output is closed")
     options.queue = options.queue or (None if options.exchange else QUEUE)
@@ -263,6 +296,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     consumer = Consumer(parse(argv))
     handlers = {number: signal.signal(number, consumer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.register_at_fork(after_in_child=lambda: [signal.signal(*item) for item in handlers.items()])  # if `handle` forks
     try:
         consumer.run()
         return 0
@@ -270,6 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.error("error: %s", describe(error, consumer.options), exc_info=consumer.options.verbose)
         return 1
     finally:
+        consumer.worker.shutdown()  # waits for `handle`
         for number, handler in handlers.items():
             signal.signal(number, handler)
 

@@ -1,11 +1,10 @@
-"""Publish messages to RabbitMQ, and return when the broker has taken responsibility for all of them.
+"""Publish messages to RabbitMQ, and return when the broker has confirmed all of them.
 
     python producer.py 'Hello World!'       one message for each argument
     python producer.py - < access.log       one message for each line of standard input
 
-Guaranteed: what is reported as published is stored in a queue; what no queue takes is reported. An outage is waited
-for, and what was not confirmed before is sent again, with the same message id. Not guaranteed: that it comes once only.
-
+Guaranteed: what is reported as published is stored in a queue; what no queue takes is reported as unroutable. After an
+outage, what was not confirmed is sent again. Not guaranteed: that a message is stored once only, nor the order.
 In a program: `Producer(parse(["-q", "jobs"])).publish([b"one", b"two"])`. The other half of the pair is consumer.py.
 """
 
@@ -13,50 +12,62 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
+import copy
 import logging
 import os
 import random
+import re
 import signal
 import sys
 import time
-import uuid
 from typing import Any, Iterator, Sequence
 
 import pika
 from pika.adapters.blocking_connection import BlockingChannel
 from pika.adapters.utils.connection_workflow import AMQPConnectorException
-from pika.exceptions import AMQPChannelError, AMQPConnectionError, ChannelClosedByBroker
+from pika.exceptions import AMQPChannelError, AMQPConnectionError, AMQPError, ChannelClosedByBroker
 
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
-CONNECT_TIMEOUT = 60  # seconds; math.inf for a service that must not give up
+TIMEOUT = 60  # seconds without a confirmation after which to give up; float("inf") for a service that must not
 BATCH_SIZE = 2000  # lines that are sent before their confirmations are waited for; more take more memory
 QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
-    "x-delivery-limit": 20,  # how often a message that `handle` fails on comes again before it moves to NAME.dead
-    "x-delayed-retry-type": "failed",  # RabbitMQ 4.3 and later wait before it comes again
-    "x-delayed-retry-min": 1000,  # ms, times how often it has failed
-    "x-delayed-retry-max": 60000,  # ms
+    "x-delivery-limit": 20,  # how often a message that failed is delivered again before it moves to NAME.dead
+    "x-delayed-retry-type": "failed",  # RabbitMQ 4.3 and later wait before they deliver it again
+    "x-delayed-retry-min": 10_000,  # ms, times how often it has failed
+    "x-delayed-retry-max": 300_000,  # ms
     "x-dead-letter-exchange": "",
     "x-dead-letter-strategy": "at-least-once",  # https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
     "x-overflow": "reject-publish",  # is required by at-least-once
 }
 DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}  # RabbitMQ 4 drops after 20 by default
 
-# From here to `common_options`, the text is the same in producer.py and consumer.py.
-OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)
-# What the broker, or TLS, says when another try is useless. NOT_FOUND without "no" can be a queue whose node is down.
-FINAL = "ACCESS_REFUSED", "NOT_ALLOWED", "NOT_FOUND - no", "PRECONDITION_FAILED", "RESOURCE_LOCKED", "CERTIFICATE"
+# From here to `parse_options`, the text is the same in producer.py and consumer.py.
 log = logging.getLogger(__name__)
+ERRORS = (AMQPError, AMQPConnectorException, OSError)  # all that the broker and the network cause
+OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # these are waited for, unless FINAL
+# What the broker, or TLS, says when another try is useless. "NOT_FOUND - home node" is temporary.
+FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILED|RESOURCE_LOCKED|CERTIFICATE_VERIFY"
+
+
+def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
+    """Connect to the first URL, within half of --timeout, so that there is time for the next one."""
+    parameters, half = copy.copy(options.urls[0]), max(1, options.timeout / 2)
+    left = last_progress + options.timeout - time.monotonic()
+    parameters.stack_timeout = min(parameters.stack_timeout, half, max(1, left))
+    # When the broker takes no more data, no time limit of pika's holds, but this one of Linux does.
+    parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * min(30, half)), **(parameters.tcp_options or {})}
+    name = f"{os.path.basename(sys.argv[0])} on {os.uname().nodename}, process {os.getpid()}"
+    parameters.client_properties = {"connection_name": name, **(parameters.client_properties or {})}
+    return pika.BlockingConnection(parameters)
 
 
 def declare(connection: pika.BlockingConnection, options: argparse.Namespace) -> BlockingChannel:
     """Declare the exchange and the queue that the options name; return an open channel."""
-    channel, exchange, queue = connection.channel(), options.exchange, options.queue
-    if exchange:
-        kind = options.type or "direct"  # ignored by a passive declaration, which asks whether the exchange exists
-        channel.exchange_declare(exchange=exchange, exchange_type=kind, durable=True, passive=not options.type)
+    channel, exchange, kind, queue = connection.channel(), options.exchange, options.type, options.queue
+    if exchange:  # a passive declaration asks whether it exists, of whatever type
+        channel.exchange_declare(exchange=exchange, exchange_type=kind or "direct", durable=True, passive=not kind)
     if queue and not queue.endswith(".dead"):  # NAME.dead is declared together with NAME
         arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{queue}.dead"}
         try:
@@ -71,46 +82,52 @@ def declare(connection: pika.BlockingConnection, options: argparse.Namespace) ->
 
 
 def describe(error: BaseException, options: argparse.Namespace) -> str:
+    """The error in one line, with the address that was tried."""
     text = str(error) or repr(error)  # some of pika's errors have no text
     if "ConnectionRefusedError" in text:
         text = "connection refused; start a broker with: docker compose up -d --wait"
-    return f"{options.urls[0].host}:{options.urls[0].port}: {text}"
+    return f"{options.urls[0].host}:{options.urls[0].port}: {text}" if isinstance(error, ERRORS) else text
 
 
-def retry_delay(error: BaseException, outage_began: float, options: argparse.Namespace) -> float:
-    """Log the error, and return the seconds to the next try; raises the error if there is to be none."""
-    lasted, text = time.monotonic() - outage_began, describe(error, options)
-    if lasted >= options.connect_timeout or any(words in text for words in FINAL):
+def raise_or_delay(error: Exception, last_progress: float, options: argparse.Namespace) -> float:
+    """Raise the error if it is final, or --timeout is over; else log it, and return the seconds to the next try."""
+    text, lasted = describe(error, options), time.monotonic() - last_progress
+    if re.search(FINAL, text) or lasted >= options.timeout:
         raise error
-    delay = random.uniform(0.5, 1) * min(0.5 + lasted, 5)  # random, so that clients do not all come at once
+    delay: float = min(random.uniform(0.5, 1) * min(0.2 + lasted, 5), options.timeout - lasted)
     log.warning("%s; next try in %.1f s", text, delay, exc_info=options.verbose)
-    options.urls.append(options.urls.pop(0))  # each try is at the next URL
+    options.urls = options.urls[1:] + options.urls[:1]  # the next try is at the next URL
     return delay
 
 
-def urls(text: str) -> list[pika.URLParameters]:
+def parse_urls(text: str) -> list[pika.URLParameters]:
     """The connection parameters of each URL; errors do not repeat the URL, because of its password."""
     with contextlib.suppress(Exception):  # pika raises many types
-        if text.startswith(("amqp://", "amqps://")):  # no split(","), because a URL can contain commas
-            return [pika.URLParameters(url) for url in text.replace(",amqp", " amqp").split()]
+        if text.startswith(("amqp://", "amqps://")):
+            return [pika.URLParameters(url) for url in re.split(r",\s*(?=amqps?://)", text)]
     raise argparse.ArgumentTypeError("expected amqp://USER:PASSWORD@HOST:PORT/VHOST, special characters as %XX")
 
 
-def common_options() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the options of the parser, and those that both scripts have."""
     add = parser.add_argument
-    add("--url", dest="urls", type=urls, default=os.environ.get("AMQP_URL") or URL, help="URL[,URL]; or set AMQP_URL")
-    add("-q", "--queue", help=f"default without -e: {QUEUE}")
-    add("-e", "--exchange", help="must exist, unless -t is given")
+    add("--url", dest="urls", type=parse_urls, default=os.environ.get("AMQP_URL") or URL, help="URL[,URL]; or AMQP_URL")
+    add("-q", "--queue", metavar="NAME", help=f"default without -e: {QUEUE}")
+    add("-e", "--exchange", metavar="NAME", help="must exist, unless -t is given")
     add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange, of this type")
     add("-H", "--header", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
-    add("--connect-timeout", type=float, default=CONNECT_TIMEOUT, metavar="SECONDS", help="default: %(default)g")
+    add("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="without progress; default: %(default)g")
     add("-v", "--verbose", action="store_true", help="more on stderr")
-    return parser
+    options = parser.parse_args(argv)
+    if "" in (options.queue, options.exchange) or len(re.sub(r"\.dead$", "", options.queue or "").encode()) > 250:
+        parser.error("-q and -e: expected a name, of 250 bytes at most")  # AMQP allows 255, also for NAME.dead
+    if not all("=" in text for text in options.header):
+        parser.error("-H: expected KEY=VALUE")
+    return options
 
 
 class Producer:
-    """Publishes over one connection, which it renews when it breaks. For use in one thread."""
+    """Publishes over one connection, which it renews when it breaks. Each thread and each process needs its own."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -119,110 +136,122 @@ class Producer:
         self.connection: pika.BlockingConnection | None = None
 
     def publish(self, bodies: Sequence[bytes], routing_key: str | None = None, **properties: Any) -> int:
-        """Publish some thousand messages at most; return how many of them no queue took. The others are safe.
+        """Publish some thousand messages at most; return how many of them were unroutable. The others are safe.
 
-        The properties are for all, so give a message_id to one message only. Raises pika's error if the broker refuses,
-        or is away for --connect-timeout.
+        The routing key and the properties (those of pika.BasicProperties) are for all of them. Raises one of ERRORS if
+        the broker refuses, or confirms nothing for --timeout; some of the messages may be stored then, too.
         """
+        if "message_id" in properties and len(bodies) > 1:
+            raise ValueError("a message_id is for one message only")
         exchange, key = self.options.exchange or "", self.options.routing_key if routing_key is None else routing_key
         properties = {**self.properties, "timestamp": int(time.time()), **properties}
-        messages = [(pika.BasicProperties(**{"message_id": uuid.uuid4().hex, **properties}), body) for body in bodies]
-        self.unconfirmed = dict(enumerate(messages))
-        self.returned: set[str] = set()  # ids of messages that no queue took
-        outage_began = float("inf")  # there is none
-        while self.unconfirmed:
+        self.unsent: list[dict[str, Any]] = []  # messages, as the arguments of basic_publish
+        self.unconfirmed: dict[int, dict[str, Any]] = {}  # messages that were sent, by delivery tag
+        self.unroutable: set[str | None] = set()  # message ids
+        for body in bodies:
+            props = pika.BasicProperties(**{"message_id": os.urandom(16).hex(), **properties})
+            self.unsent.append({"exchange": exchange, "routing_key": key, "body": body, "properties": props})
+        self.last_progress = time.monotonic()
+        while True:
             try:
                 connection = self.connection or self.open()
-                send = self.channel.basic_publish
-                for number, (props, body) in self.unconfirmed.items():  # no confirmation changes it before the wait
-                    # Mandatory, because otherwise what no queue takes is dropped, and confirmed.
-                    send(exchange=exchange, routing_key=key, body=body, properties=props, mandatory=True)
-                    self.in_flight[next(self.delivery_tags)] = number
-                while self.in_flight:
-                    connection.process_data_events(time_limit=10)
-                    if self.in_flight:
-                        log.warning("waiting for confirmations: is the broker short of memory, disk, or cluster nodes?")
-                        outage_began = float("inf")  # it is slow, but not away
-                if self.unconfirmed:  # the broker rejected some, or closed the channel
-                    raise self.close_reason or AMQPChannelError("messages were rejected: is the queue full?")
+                self.send()
+                self.wait(connection)
+                return len(self.unroutable)
             except OUTAGES as error:
                 self.close()
-                outage_began = min(outage_began, time.monotonic())
-                time.sleep(retry_delay(error, outage_began, self.options))
+                time.sleep(raise_or_delay(error, self.last_progress, self.options))
             except BaseException:
-                self.connection = None  # not closed: close() would first send what is in the output buffer
+                self.connection = None  # not closed, because close() would wait for a broker that may be frozen
                 raise
-        return len(self.returned)
 
     def open(self) -> pika.BlockingConnection:
         """Connect, and declare what is needed."""
-        self.connection = pika.BlockingConnection(self.options.urls[0])
-        # The channel inside the BlockingChannel: it has the same methods, but does not wait for each confirmation.
-        self.channel = declare(self.connection, self.options)._impl
-        self.channel.confirm_delivery(ack_nack_callback=self.on_confirm)
-        self.channel.add_on_return_callback(lambda *message: self.returned.add(message[2].message_id))
-        self.channel.add_on_close_callback(self.on_close)
-        self.delivery_tags = itertools.count(1)
-        self.in_flight: dict[int, int] = {}  # number of each message that is sent, by delivery tag
-        self.close_reason: BaseException | None = None
-        self.connection.process_data_events()  # or a refused declaration's event would end the first wait
-        return self.connection
+        self.connection = connection = connect(self.last_progress, self.options)
+        # The pika.channel.Channel in the BlockingChannel: its basic_publish does not wait for each confirmation.
+        self.channel = channel = declare(connection, self.options)._impl
+        channel.confirm_delivery(ack_nack_callback=self.on_confirm)
+        channel.add_on_return_callback(lambda _, method, properties, body: self.unroutable.add(properties.message_id))
+        channel.add_on_close_callback(lambda _, reason: self.errors.append(reason))
+        self.errors: list[Exception] = []  # that the channel was closed, or messages rejected
+        self.delivery_tag = 0  # of the last message that was sent on this channel
+        return connection
+
+    def send(self) -> None:
+        """Send all that is not confirmed, numbered as the broker numbers it."""
+        messages = [*self.unconfirmed.values(), *self.unsent]
+        self.unconfirmed, self.unsent = dict(enumerate(messages, start=self.delivery_tag + 1)), []
+        self.delivery_tag += len(messages)
+        for message in messages:
+            self.unroutable.discard(message["properties"].message_id)  # it may find a queue this time
+            # Mandatory, because otherwise what no queue takes is dropped, and confirmed.
+            self.channel.basic_publish(**message, mandatory=True)
+
+    def wait(self, connection: pika.BlockingConnection) -> None:
+        """Return when all is confirmed; raises an error if messages were rejected, or nothing is confirmed in time."""
+        began = time.monotonic()
+        while self.unconfirmed and self.channel.is_open:
+            left = max(self.last_progress + self.options.timeout, began + 1) - time.monotonic()  # 1 s for the last try
+            if left <= 0:
+                raise AMQPError(f"nothing was confirmed for {self.options.timeout:g} s")
+            if time.monotonic() - max(self.last_progress, began) >= 5:
+                log.warning("waiting for confirmations: is the broker short of memory, disk, or cluster nodes?")
+            connection.process_data_events(time_limit=min(left, 5))
+        if self.errors:
+            raise self.errors[0]
 
     def on_confirm(self, frame: Any) -> None:
         """The broker has taken, or rejected, the message with this delivery tag, or all up to it."""
         last = frame.method.delivery_tag
-        tags = [tag for tag in self.in_flight if tag <= last] if frame.method.multiple else [last]
-        for tag in tags:
-            number = self.in_flight.pop(tag)
-            if isinstance(frame.method, pika.spec.Basic.Ack):
-                del self.unconfirmed[number]
-        self.end_wait()
-
-    def on_close(self, channel: Any, reason: BaseException) -> None:
-        self.close_reason = reason
-        self.in_flight.clear()
-        self.end_wait()
-
-    def end_wait(self) -> None:
-        """If nothing is in flight, make process_data_events return. Confirmations alone do not, but a timer does."""
-        if self.connection and not self.in_flight:
-            self.connection.call_later(0, lambda: None)
+        tags = [tag for tag in self.unconfirmed if tag <= last] if frame.method.multiple else [last]
+        messages = [self.unconfirmed.pop(tag) for tag in tags]
+        if isinstance(frame.method, pika.spec.Basic.Ack):
+            self.last_progress = time.monotonic()
+        else:
+            self.unsent += messages
+            self.errors.append(AMQPChannelError("messages were rejected: is the queue full?"))
+        if self.connection and not self.unconfirmed:
+            self.connection.call_later(0, lambda: None)  # a timer ends process_data_events, a confirmation does not
 
     def close(self) -> None:
+        """Close the connection. The next `publish` opens another."""
+        connection, self.connection = self.connection, None
         with contextlib.suppress(*OUTAGES):  # it may be broken
-            if self.connection:
-                self.connection.close()
-        self.connection = None
+            if connection:
+                connection.close()
 
 
 def read_lines() -> Iterator[list[bytes]]:
     """The lines of standard input; those that end in one read come together, up to BATCH_SIZE."""
     rest = bytearray()  # of a line that has not ended
-    for data in iter(lambda: os.read(0, 2**20), b""):
-        rest += data
-        if b"\n" in data:
-            lines = bytes(rest).split(b"\n")
-            rest = bytearray(lines.pop())
-            for start in range(0, len(lines), BATCH_SIZE):
-                yield lines[start : start + BATCH_SIZE]
+    try:
+        for data in iter(lambda: os.read(0, 2**20), b""):
+            rest += data
+            if b"\n" in data:
+                lines = bytes(rest).split(b"\n")
+                rest = bytearray(lines.pop())
+                for start in range(0, len(lines), BATCH_SIZE):
+                    yield lines[start : start + BATCH_SIZE]
+    except OSError as error:
+        raise RuntimeError(f"standard input: {error.strerror}") from error
     if rest:
         yield [bytes(rest)]
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = common_options()
-    parser.add_argument("-r", "--routing-key", default="", help="what the exchange routes by; default: empty")
-    parser.add_argument("--content-type", default="text/plain", help="default: %(default)s")
-    parser.add_argument("messages", nargs="*", metavar="MESSAGE", default=["Hello World!"], help="or - for stdin")
-    options = parser.parse_args(argv)
-    if not all("=" in text for text in options.header):
-        parser.error("-H: expected KEY=VALUE")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-r", "--routing-key", default="", metavar="KEY", help="what the exchange routes by")
+    parser.add_argument("--content-type", default="text/plain", metavar="TYPE", help="default: %(default)s")
+    parser.add_argument("messages", nargs="*", metavar="MESSAGE", help="- is stdin; without -q and -e: Hello World!")
+    options = parse_options(parser, argv)
     if "-" in options.messages and len(options.messages) > 1:
         parser.error("- does not go with other messages")
     if options.exchange and options.queue:
         parser.error("-q does not go with -e: its bindings decide on the queue")
     if not options.exchange and (options.type or options.routing_key):
         parser.error("-t and -r need -e")
+    if not options.exchange and not options.queue and not options.messages:
+        options.messages = ["Hello World!"]
     if not options.exchange:
         options.queue = options.routing_key = options.queue or QUEUE
     return options
@@ -230,26 +259,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
-    producer = Producer(options)
-    batches = read_lines() if options.messages == ["-"] else [[os.fsencode(message) for message in options.messages]]
-    done = safe = 0
+    if not options.messages:
+        log.error("error: nothing to publish: expected messages, or - for standard input")
+        return 2
+    producer, published, unroutable = Producer(options), 0, 0
     try:
-        for bodies in batches:
-            safe += len(bodies) - producer.publish(bodies)
-            done += len(bodies)
+        for bodies in read_lines() if options.messages == ["-"] else [[os.fsencode(text) for text in options.messages]]:
+            unroutable += producer.publish(bodies)
+            published += len(bodies)
             if options.messages == ["-"] and os.isatty(2) and not os.isatty(0):
-                print(f"{done} published", end="\r", file=sys.stderr, flush=True)
+                print(f"{published} published", end="\r", file=sys.stderr, flush=True)
         producer.close()
-    except KeyboardInterrupt:
-        log.error("error: interrupted; %d messages are safe", safe)
-        return 130
-    except Exception as error:
-        log.error("error: %s; %d messages are safe", describe(error, options), safe, exc_info=options.verbose)
+    except (KeyboardInterrupt, Exception) as error:
+        code, reason = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (1, describe(error, options))
+        others = f", {unroutable} were unroutable" if unroutable else ""
+        log.error("error: %s; %d messages are safe%s", reason, published - unroutable, others, exc_info=options.verbose)
+        return code
+    if unroutable:
+        log.error("error: %d of %d messages were unroutable: no queue is bound for them", unroutable, published)
         return 1
-    if safe < done:
-        log.error("error: %d of %d messages were unroutable: no queue is bound for them", done - safe, done)
-        return 1
-    log.info("%d message%s published", done, "s" * (done != 1))
+    log.info("%d message%s published", published, "s" * (published != 1))
     return 0
 
 

@@ -12,7 +12,7 @@ from conftest import SCRIPTS, Start
 
 PASSWORD = "s3cr3t"
 USAGE = {
-    "a number that is none": ("--connect-timeout x", "--connect-timeout: invalid float value: 'x'"),
+    "a number that is none": ("--timeout x", "--timeout: invalid float value: 'x'"),
     "a header without =": ("-e e -H x", "-H: expected KEY=VALUE"),
     "an unknown type": ("-e e -t other", "-t/--type: invalid choice: 'other'"),
     "a type without exchange": ("-t direct", "need -e"),

@@ -39,8 +39,8 @@ def state():
 before = state()
 import consumer, producer
 assert state() == before
-consumer.main(["--connect-timeout", "0", "--url", "amqp://127.0.0.1:1"])
-producer.main(["--connect-timeout", "0", "--url", "amqp://127.0.0.1:1"])
+consumer.main(["--timeout", "0", "--url", "amqp://127.0.0.1:1"])
+producer.main(["--timeout", "0", "--url", "amqp://127.0.0.1:1"])
 assert state() == before
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

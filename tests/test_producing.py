@@ -118,7 +118,7 @@ def test_a_cut_connection_loses_nothing(start: Start, queue: str, proxy: Proxy) 
 
 
 def test_pauses_between_tries_grow(start: Start) -> None:
-    producer = start("producer", "--connect-timeout", "2.5", url="amqp://127.0.0.1:1")
+    producer = start("producer", "--timeout", "2.5", url="amqp://127.0.0.1:1")
 
     assert producer.end() == 1
 

@@ -28,12 +28,12 @@ def container() -> Iterator[ContainerBroker]:
 
 
 def test_the_pair_can_run_when_up_returns_and_messages_survive_down(container: ContainerBroker, run: Run) -> None:
-    run("producer", "kept", "--connect-timeout", "0", url=container.url)
+    run("producer", "kept", "--timeout", "0", url=container.url)
 
     container.compose("down")
     container.start()
 
-    assert run("consumer", "--drain", "--connect-timeout", "0", url=container.url).bodies == [b"kept"]
+    assert run("consumer", "--drain", "--timeout", "0", url=container.url).bodies == [b"kept"]
 
 
 def test_it_serves_this_machine_only_and_is_healthy_while_it_does(container: ContainerBroker) -> None:

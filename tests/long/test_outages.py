@@ -107,7 +107,7 @@ def test_an_alarm_is_waited_for_longer_than_the_connect_timeout(
 
     own_broker.ctl(setting, raised)
     try:
-        producer = start("producer", "-q", queue, "--connect-timeout", "5", "-", input=lines(301, 3000))
+        producer = start("producer", "-q", queue, "--timeout", "5", "-", input=lines(301, 3000))
         eventually(lambda: producer.stderr, what="it says why it waits")
         consumer = run("consumer", "-q", queue, "-c", "300")
         assert producer.process.poll() is None
@@ -147,7 +147,7 @@ def test_a_full_queue_is_waited_for(start: Start, broker: Broker, full_queue: st
 
 
 def test_a_full_queue_is_given_up_after_the_connect_timeout(start: Start, broker: Broker, full_queue: str) -> None:
-    producer = start("producer", "-q", full_queue, "--connect-timeout", "1", "-")
+    producer = start("producer", "-q", full_queue, "--timeout", "1", "-")
     producer.write(lines(1, 50))
     eventually(lambda: broker.depth(full_queue) == 50)
 
@@ -230,7 +230,7 @@ def test_a_producer_that_gives_up_says_where_to_resume(
 ) -> None:
     (tmp_path / "file").write_bytes(lines(1, 100_000))
     with (tmp_path / "file").open("rb") as stdin:
-        producer = start("producer", "-q", queue, "--connect-timeout", "1", "-", url=proxy.url, stdin=stdin)
+        producer = start("producer", "-q", queue, "--timeout", "1", "-", url=proxy.url, stdin=stdin)
     wanted = rng.randint(5000, 10_000)
     eventually(lambda: broker.depth(queue) >= wanted)
 
