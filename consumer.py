@@ -30,9 +30,7 @@ from pika.exceptions import AMQPChannelError, AMQPConnectionError, AMQPError, Ch
 
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
-TIMEOUT = float(
-    "inf"
-)  # seconds without a connection after which to give up; less, if something else restarts the program
+TIMEOUT = float("inf")  # seconds without a connection after which to give up
 PREFETCH = 10  # messages taken in advance: 1 for jobs of minutes, 100 to 300 for the highest rate
 QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
@@ -52,7 +50,7 @@ class Reject(Exception):
 
 
 def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
-    """Return when the message is done with. If this raises, it is tried again later; sys.exit() ends the program."""
+    """Return None when the message is done with; raise if it has to be tried again; sys.exit() ends the program."""
     line = body + b"\n"
     try:
         while line:  # a signal can interrupt the writing of a long line
@@ -64,18 +62,18 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
 # From here to `parse_options`, the text is the same in producer.py and consumer.py.
 log = logging.getLogger(__name__)
 ERRORS = (AMQPError, AMQPConnectorException, OSError)  # all that the broker and the network cause
-OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # these are waited for, unless FINAL
-# What the broker, or TLS, says when another try is useless. "NOT_FOUND - home node" is temporary.
+OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # those after which to connect again
+# But not if the broker, or TLS, says one of these. Limits of connections, and "NOT_FOUND - home node", are temporary.
 FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILED|RESOURCE_LOCKED|CERTIFICATE_VERIFY"
 
 
 def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
     """Connect to the first URL, within half of --timeout, so that there is time for the next one."""
-    parameters, half = copy.copy(options.urls[0]), max(1, options.timeout / 2)
-    left = last_progress + options.timeout - time.monotonic()
-    parameters.stack_timeout = min(parameters.stack_timeout, half, max(1, left))
+    parameters, left = copy.copy(options.urls[0]), last_progress + options.timeout - time.monotonic()
+    limit = max(1, min(options.timeout / 2, left, 30))
+    parameters.stack_timeout = min(parameters.stack_timeout, limit)
     # When the broker takes no more data, no time limit of pika's holds, but this one of Linux does.
-    parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * min(30, half)), **(parameters.tcp_options or {})}
+    parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * limit), **(parameters.tcp_options or {})}
     name = f"{os.path.basename(sys.argv[0])} on {os.uname().nodename}, process {os.getpid()}"
     parameters.client_properties = {"connection_name": name, **(parameters.client_properties or {})}
     return pika.BlockingConnection(parameters)
@@ -100,7 +98,6 @@ def declare(connection: pika.BlockingConnection, options: argparse.Namespace) ->
 
 
 def describe(error: BaseException, options: argparse.Namespace) -> str:
-    """The error in one line, with the address that was tried."""
     text = str(error) or repr(error)  # some of pika's errors have no text
     if "ConnectionRefusedError" in text:
         text = "connection refused; start a broker with: docker compose up -d --wait"
@@ -137,8 +134,10 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     add("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="without progress; default: %(default)g")
     add("-v", "--verbose", action="store_true", help="more on stderr")
     options = parser.parse_args(argv)
-    if "" in (options.queue, options.exchange) or len(re.sub(r"\.dead$", "", options.queue or "").encode()) > 250:
-        parser.error("-q and -e: expected a name, of 250 bytes at most")  # AMQP allows 255, also for NAME.dead
+    if "" in (options.queue, options.exchange):
+        parser.error("-q and -e: expected a name")
+    if options.queue and len(os.fsencode(options.queue)) > 255 - 5 * (not options.queue.endswith(".dead")):
+        parser.error("-q: the name, or NAME.dead, is longer than AMQP's 255 bytes")
     if not all("=" in text for text in options.header):
         parser.error("-H: expected KEY=VALUE")
     return options
@@ -148,10 +147,9 @@ class Consumer:
     """Has `handle` work in a thread of its own, and serves the connection meanwhile."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.stopping = options, False
-        self.remaining = options.count  # messages still to be given to `handle`
+        self.options, self.remaining, self.stopping = options, options.count, False
         self.ended_by: BaseException | None = None  # what `handle` raised to end the program
-        self.last_connected, self.early_tries = time.monotonic(), 0
+        self.last_progress, self.early_retries = time.monotonic(), 0
         self.worker = futures.ThreadPoolExecutor(max_workers=1)
 
     def stop(self, signal_number: int = 0, *_: Any) -> None:
@@ -164,10 +162,10 @@ class Consumer:
         """Consume until told to stop. Raises one of ERRORS if the broker refuses, or is away for --timeout."""
         while self.remaining and not self.stopping:
             try:
-                with connect(self.last_connected, self.options) as connection:
+                with connect(self.last_progress, self.options) as connection:
                     self.consume(declare(connection, self.options))
             except OUTAGES as error:
-                next_try = time.monotonic() + raise_or_delay(error, self.last_connected, self.options)
+                next_try = time.monotonic() + raise_or_delay(error, self.last_progress, self.options)
                 while not self.stopping and time.monotonic() < next_try:
                     time.sleep(0.1)
         if self.ended_by:
@@ -183,22 +181,22 @@ class Consumer:
         try:
             while self.remaining and not self.stopping:
                 self.fetch(connection, waiting)
-                batch = self.worker.submit(self.work, waiting)
-                while not futures.wait([batch], timeout=0.1).done:
+                future = self.worker.submit(self.work, waiting)
+                while not futures.wait([future], timeout=0.1).done:
                     connection.process_data_events()
                 if not channel.consumer_tags:
                     raise ConsumerCancelled("consumer cancelled: queue deleted, or a message took longer than allowed")
-                self.settle(channel, held, *batch.result())
+                self.settle(channel, held, *future.result())
                 if self.options.drain and not waiting and is_drained(channel, queue, waiting):
                     self.stopping = True
             connection.process_data_events()  # because basic_cancel rejects what pika has not passed on yet
             channel.basic_cancel(consumer_tag=tag)
             for delivery_tag in held:
                 channel.basic_reject(delivery_tag=delivery_tag, requeue=True)
-            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # which is no failure, since RabbitMQ 4.3
+            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # since RabbitMQ 4.3, not a failed try
         finally:
             waiting.clear()  # these come again; a batch still running (after an outage) ends with the message in hand
-            self.last_connected = time.monotonic()
+            self.last_progress = time.monotonic()
 
     def fetch(self, connection: pika.BlockingConnection, waiting: list[Any]) -> None:
         """Take messages until more than half the prefetch is waiting, or no more comes (within 0.2 s for the first)."""
@@ -231,29 +229,31 @@ class Consumer:
         return handled, failed
 
     def settle(self, channel: BlockingChannel, held: dict[int, float], handled: list[int], failed: list[Any]) -> None:
-        """Acknowledge what was handled, and reject what failed: for good, or to be tried again, as soon as that is due.
+        """Acknowledge what was handled, and reject what failed: for good, or when it is due to be tried again.
 
-        Before RabbitMQ 4.3, what is rejected is delivered next, and so would soon fill the prefetch. While others succeed,
-        what is beyond half of it is tried early: 40 times for each success, so that this ends when everything fails.
+        Before RabbitMQ 4.3, what is rejected comes back at once, and would soon fill the prefetch. So while others succeed,
+        only half of it is for messages that failed, and what is more is retried early: 40 times for each success.
         """
         now, private, dead = time.monotonic(), not self.options.queue, str(self.options.queue).endswith(".dead")
         for method, properties, error in failed:
             tag, headers = method.delivery_tag, properties.headers or {}
-            if isinstance(error, Reject) and not dead or private and method.redelivered:
+            if (isinstance(error, Reject) and not dead) or (private and method.redelivered):
                 channel.basic_reject(delivery_tag=tag, requeue=False)
                 if private:
                     log.error("error: message %r is dropped: a private queue has no NAME.dead", properties.message_id)
+            elif not method.redelivered or "x-acquired-count" in headers:  # RabbitMQ 4.3 has it wait by itself
+                held[tag] = now + 0.2
             else:
-                soon = not method.redelivered or "x-acquired-count" in headers  # RabbitMQ 4.3 has it wait by itself
-                held[tag] = now + (0.2 if soon else min(headers.get("x-delivery-count", 1), 5))
-        for tag in handled if held else handled[-1:]:
-            channel.basic_ack(delivery_tag=tag, multiple=not held)
-        self.early_tries = min(self.early_tries + 40 * len(handled), 100)
+                held[tag] = now + min(headers.get("x-delivery-count", 1), 5)
+        multiple = not held  # then the last acknowledgement is for all
+        for tag in handled[-1:] if multiple else handled:
+            channel.basic_ack(delivery_tag=tag, multiple=multiple)
+        self.early_retries = min(self.early_retries + 40 * len(handled), 100)  # none are left when everything fails
         for tag in sorted(held, key=held.__getitem__):
             if held[tag] > now:
-                if 2 * len(held) <= self.options.prefetch or not self.early_tries:
+                if 2 * len(held) <= self.options.prefetch or not self.early_retries:
                     break
-                self.early_tries -= 1
+                self.early_retries -= 1
             channel.basic_reject(delivery_tag=tag, requeue=True)
             del held[tag]
 

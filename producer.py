@@ -46,18 +46,18 @@ DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
 # From here to `parse_options`, the text is the same in producer.py and consumer.py.
 log = logging.getLogger(__name__)
 ERRORS = (AMQPError, AMQPConnectorException, OSError)  # all that the broker and the network cause
-OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # these are waited for, unless FINAL
-# What the broker, or TLS, says when another try is useless. "NOT_FOUND - home node" is temporary.
+OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # those after which to connect again
+# But not if the broker, or TLS, says one of these. Limits of connections, and "NOT_FOUND - home node", are temporary.
 FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILED|RESOURCE_LOCKED|CERTIFICATE_VERIFY"
 
 
 def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
     """Connect to the first URL, within half of --timeout, so that there is time for the next one."""
-    parameters, half = copy.copy(options.urls[0]), max(1, options.timeout / 2)
-    left = last_progress + options.timeout - time.monotonic()
-    parameters.stack_timeout = min(parameters.stack_timeout, half, max(1, left))
+    parameters, left = copy.copy(options.urls[0]), last_progress + options.timeout - time.monotonic()
+    limit = max(1, min(options.timeout / 2, left, 30))
+    parameters.stack_timeout = min(parameters.stack_timeout, limit)
     # When the broker takes no more data, no time limit of pika's holds, but this one of Linux does.
-    parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * min(30, half)), **(parameters.tcp_options or {})}
+    parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * limit), **(parameters.tcp_options or {})}
     name = f"{os.path.basename(sys.argv[0])} on {os.uname().nodename}, process {os.getpid()}"
     parameters.client_properties = {"connection_name": name, **(parameters.client_properties or {})}
     return pika.BlockingConnection(parameters)
@@ -82,7 +82,6 @@ def declare(connection: pika.BlockingConnection, options: argparse.Namespace) ->
 
 
 def describe(error: BaseException, options: argparse.Namespace) -> str:
-    """The error in one line, with the address that was tried."""
     text = str(error) or repr(error)  # some of pika's errors have no text
     if "ConnectionRefusedError" in text:
         text = "connection refused; start a broker with: docker compose up -d --wait"
@@ -119,8 +118,10 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     add("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="without progress; default: %(default)g")
     add("-v", "--verbose", action="store_true", help="more on stderr")
     options = parser.parse_args(argv)
-    if "" in (options.queue, options.exchange) or len(re.sub(r"\.dead$", "", options.queue or "").encode()) > 250:
-        parser.error("-q and -e: expected a name, of 250 bytes at most")  # AMQP allows 255, also for NAME.dead
+    if "" in (options.queue, options.exchange):
+        parser.error("-q and -e: expected a name")
+    if options.queue and len(os.fsencode(options.queue)) > 255 - 5 * (not options.queue.endswith(".dead")):
+        parser.error("-q: the name, or NAME.dead, is longer than AMQP's 255 bytes")
     if not all("=" in text for text in options.header):
         parser.error("-H: expected KEY=VALUE")
     return options
@@ -160,7 +161,8 @@ class Producer:
                 return len(self.unroutable)
             except OUTAGES as error:
                 self.close()
-                time.sleep(raise_or_delay(error, self.last_progress, self.options))
+                delay = raise_or_delay(error, self.last_progress, self.options)
+                time.sleep(delay)
             except BaseException:
                 self.connection = None  # not closed, because close() would wait for a broker that may be frozen
                 raise
@@ -168,12 +170,12 @@ class Producer:
     def open(self) -> pika.BlockingConnection:
         """Connect, and declare what is needed."""
         self.connection = connection = connect(self.last_progress, self.options)
-        # The pika.channel.Channel in the BlockingChannel: its basic_publish does not wait for each confirmation.
+        # The pika.channel.Channel inside, which is private: its basic_publish does not wait for each confirmation.
         self.channel = channel = declare(connection, self.options)._impl
         channel.confirm_delivery(ack_nack_callback=self.on_confirm)
         channel.add_on_return_callback(lambda _, method, properties, body: self.unroutable.add(properties.message_id))
         channel.add_on_close_callback(lambda _, reason: self.errors.append(reason))
-        self.errors: list[Exception] = []  # that the channel was closed, or messages rejected
+        self.errors: list[Exception] = []
         self.delivery_tag = 0  # of the last message that was sent on this channel
         return connection
 
@@ -193,11 +195,12 @@ class Producer:
         while self.unconfirmed and self.channel.is_open:
             left = max(self.last_progress + self.options.timeout, began + 1) - time.monotonic()  # 1 s for the last try
             if left <= 0:
+                # None of OUTAGES: it is too late for another try.
                 raise AMQPError(f"nothing was confirmed for {self.options.timeout:g} s")
             if time.monotonic() - max(self.last_progress, began) >= 5:
                 log.warning("waiting for confirmations: is the broker short of memory, disk, or cluster nodes?")
             connection.process_data_events(time_limit=min(left, 5))
-        if self.errors:
+        if self.errors:  # messages were rejected, or the channel was closed
             raise self.errors[0]
 
     def on_confirm(self, frame: Any) -> None:
@@ -268,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             unroutable += producer.publish(bodies)
             published += len(bodies)
             if options.messages == ["-"] and os.isatty(2) and not os.isatty(0):
-                print(f"{published} published", end="\r", file=sys.stderr, flush=True)
+                print(f"{published - unroutable} published", end="\r", file=sys.stderr, flush=True)
         producer.close()
     except (KeyboardInterrupt, Exception) as error:
         code, reason = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (1, describe(error, options))

@@ -2,42 +2,50 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import uuid
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Callable, Iterator
 
 import pytest
 
-import broker as brokers
-from broker import ROOT, Broker, eventually
+from broker import ROOT, Broker, choose, eventually
 from proxy import Proxy
 
 # A shell's background jobs ignore it, and so would the scripts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 SCRIPTS = ("producer", "consumer")
-TIMEOUT = 120  # seconds after which a script that should have ended has failed its test
-# What the consumer of most tests does with a message, so that they do not depend on what consumer.py does by itself.
-HANDLE = "def handle(method, properties, body): sys.stdout.buffer.write(body + b'\\n')"
-PROGRAM = """
-import logging, os, sys, time
-import consumer
-logging.basicConfig(format="consumer.py: %(message)s", level=logging.INFO)
-logging.getLogger("pika").setLevel(logging.CRITICAL + 1)
-{handle}
-consumer.handle = handle
-sys.exit(consumer.main())
-"""
+TIMEOUT = 60  # seconds after which a script that should have ended has failed its test
+# Has a message that failed come again at once, and move to NAME.dead after three tries.
+HASTY = {"x-delivery-limit": 2, "x-delayed-retry-min": 1, "x-delayed-retry-max": 1}
+# So that most tests do not depend on what the consumer under test does by itself.
+WRITE_LINES = "def handle(method, properties, body): os.write(1, body + b'\\n')"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--broker", default="", metavar="docker|local|URL", help="default: docker, else local")
+    parser.addoption("--consumer", metavar="PATH", help="a copy of consumer.py, whose `handle` is another")
+    parser.addoption("--producer", metavar="PATH", help="a copy of producer.py")
     parser.addoption("--python", default=sys.executable, help="what the scripts run with; default: this Python")
     parser.addoption("--seed", type=int, default=random.randrange(10**6), help="of what is random in the fault tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "default_handle: is about the `handle` that consumer.py has before it is copied")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--consumer"):
+        deselected = [item for item in items if item.get_closest_marker("default_handle")]
+        config.hook.pytest_deselected(items=deselected)
+        items[:] = [item for item in items if item not in deselected]
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -47,7 +55,7 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.fixture(scope="session")
 def session_broker(request: pytest.FixtureRequest) -> Iterator[Broker]:
     try:
-        broker = brokers.choose(request.config.getoption("--broker"))
+        broker = choose(request.config.getoption("--broker"))
     except LookupError as error:
         pytest.exit(str(error), returncode=1)
     try:
@@ -77,6 +85,41 @@ def python(request: pytest.FixtureRequest) -> str:
     return str(request.config.getoption("--python"))
 
 
+@pytest.fixture(scope="session")
+def paths(request: pytest.FixtureRequest) -> dict[str, Path]:
+    """Where the scripts under test are."""
+    return {name: ROOT / (request.config.getoption(f"--{name}") or f"{name}.py") for name in SCRIPTS}
+
+
+def load(path: Path) -> ModuleType:
+    """The script as a module of its own."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec and spec.loader
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def producer(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    monkeypatch.chdir(tmp_path)  # where a copy may put the files that it opens
+    return load(paths["producer"])
+
+
+@pytest.fixture
+def consumer(paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    monkeypatch.chdir(tmp_path)
+    return load(paths["consumer"])
+
+
+@pytest.fixture
+def publisher(producer: ModuleType, broker: Broker, queue: str) -> Iterator[Any]:
+    """A Producer for the queue, in this process."""
+    publisher = producer.Producer(producer.parse(["--url", broker.url, "-q", queue]))
+    yield publisher
+    publisher.close()
+
+
 @pytest.fixture
 def queue(broker: Broker) -> Iterator[str]:
     """A queue name of the test's own; the queue and its .dead are deleted afterwards."""
@@ -86,6 +129,15 @@ def queue(broker: Broker) -> Iterator[str]:
         channel = connection.channel()
         channel.queue_delete(name)
         channel.queue_delete(f"{name}.dead")
+
+
+@pytest.fixture
+def hasty_queue(queue: str, broker: Broker, consumer: ModuleType) -> str:
+    """The queue, which exists, and is HASTY."""
+    consumer.QUEUE_ARGUMENTS.update(HASTY)
+    with broker.connect() as connection:
+        consumer.declare(connection, consumer.parse(["-q", queue]))
+    return queue
 
 
 @pytest.fixture
@@ -108,13 +160,14 @@ def proxy(broker: Broker) -> Iterator[Proxy]:
 class Script:
     """One of the scripts as a process, its output in files, so that it never waits for the test to read."""
 
-    def __init__(self, command: list[str], directory: Path, **options: Any) -> None:
+    def __init__(self, command: list[str], name: str, directory: Path, **options: Any) -> None:
+        self.name = name  # of its file, which its messages begin with
         self.stdout_path = directory / f"{uuid.uuid4().hex}.out"
         self.stderr_path = self.stdout_path.with_suffix(".err")
         options.setdefault("stdin", subprocess.PIPE)
         with open(self.stdout_path, "wb") as stdout, open(self.stderr_path, "wb") as stderr:
             options.setdefault("stdout", stdout)
-            self.process = subprocess.Popen(command, stderr=stderr, **options)
+            self.process = subprocess.Popen(command, stderr=stderr, cwd=directory, **options)
 
     @property
     def stdout(self) -> bytes:
@@ -123,6 +176,16 @@ class Script:
     @property
     def stderr(self) -> str:
         return self.stderr_path.read_text()
+
+    @property
+    def messages(self) -> list[str]:
+        """The lines of stderr without the name of the file that each of them begins with."""
+        return [line.partition(f"{self.name}: ")[2] or line for line in self.stderr.splitlines()]
+
+    @property
+    def tries(self) -> list[float]:
+        """The pauses that it announced because the broker was away."""
+        return [float(pause) for pause in re.findall(r"; next try in (\d\.\d) s$", self.stderr, flags=re.MULTILINE)]
 
     @property
     def bodies(self) -> list[bytes]:
@@ -151,7 +214,7 @@ Run = Callable[..., Script]
 
 
 @pytest.fixture
-def start(broker: Broker, tmp_path: Path, python: str) -> Iterator[Start]:
+def start(broker: Broker, paths: dict[str, Path], tmp_path: Path, python: str) -> Iterator[Start]:
     """Start a script: start("producer", "-q", queue, "-", input=b"...") or start("consumer", handle="def handle...").
 
     `input` becomes stdin; without it, stdin is a pipe to write to. `handle` replaces `handle` of the consumer, "" leaves
@@ -161,18 +224,19 @@ def start(broker: Broker, tmp_path: Path, python: str) -> Iterator[Start]:
     started = []
 
     def start(
-        name: str, *arguments: str, input: bytes | None = None, handle: str = HANDLE, url: str = "", **options: Any
+        name: str, *arguments: str, input: bytes | None = None, handle: str = WRITE_LINES, url: str = "", **options: Any
     ) -> Script:
-        program = ROOT / f"{name}.py"
+        command = [python, str(paths[name])]
         if name == "consumer" and handle:
-            program = tmp_path / f"{uuid.uuid4().hex}.py"
-            program.write_text(PROGRAM.format(handle=handle))
-        environment = {**os.environ, "AMQP_URL": url or broker.url, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+            other = tmp_path / f"{uuid.uuid4().hex}.py"
+            other.write_text(handle)
+            command = [python, str(ROOT / "tests" / "with_handle.py"), str(paths[name]), str(other)]
+        environment = {**os.environ, "AMQP_URL": url or broker.url, **options.pop("env", {})}
         if input is not None:
             path = tmp_path / uuid.uuid4().hex
             path.write_bytes(input)
             options["stdin"] = path.open("rb")
-        script = Script([python, str(program), *arguments], tmp_path, env=environment, **options)
+        script = Script([*command, *arguments], paths[name].name, tmp_path, env=environment, **options)
         started.append(script)
         return script
 
@@ -194,6 +258,30 @@ def run(start: Start) -> Run:
         return script
 
     return run
+
+
+class Worker:
+    """The consumer with its own `handle`, a queue, and a way to publish to it: all that a test of a `handle` needs."""
+
+    def __init__(self, run: Run, publisher: Any, broker: Broker, queue: str, directory: Path) -> None:
+        self.run_script, self.publisher, self.broker, self.queue = run, publisher, broker, queue
+        self.directory = directory  # the worker's current directory
+
+    def publish(self, *bodies: bytes, **properties: Any) -> None:
+        self.publisher.publish(bodies, **properties)
+
+    def run(self, count: int) -> Script:
+        """Run the worker until so many messages have been given to `handle`; its `stdout` and `stderr` tell the rest."""
+        return self.run_script("consumer", "-q", self.queue, "--count", str(count), handle="")
+
+    def dead_letters(self) -> int:
+        """How many messages have moved to NAME.dead."""
+        return self.broker.depth(f"{self.queue}.dead")
+
+
+@pytest.fixture
+def worker(run: Run, publisher: Any, broker: Broker, queue: str, tmp_path: Path) -> Worker:
+    return Worker(run, publisher, broker, queue, tmp_path)
 
 
 class Gate:

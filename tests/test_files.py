@@ -4,45 +4,48 @@ from __future__ import annotations
 
 import subprocess
 import sys
-
-import consumer
-import producer
-from broker import ROOT
+from pathlib import Path
+from types import ModuleType
 
 
-def shared(name: str) -> str:
-    """The text that both scripts have, which begins and ends where its first comment says."""
-    text = (ROOT / f"{name}.py").read_text()
-    return text[text.index("# From here to `common_options`") : text.index("\nclass ")]
+def shared(path: Path) -> str:
+    """The text that both scripts have, from the comment that says so to the first class after it."""
+    text = path.read_text()
+    begin = text.index("# From here to `parse_options`")
+    return text[begin : text.index("\nclass ", begin)]
 
 
-def test_what_both_scripts_need_is_the_same_text() -> None:
-    assert "def common_options" in shared("producer")
-    assert shared("producer") == shared("consumer")
+def test_what_both_scripts_need_is_the_same_text(paths: dict[str, Path]) -> None:
+    assert "def parse_options" in shared(paths["producer"])
+    assert shared(paths["producer"]) == shared(paths["consumer"])
 
 
-def test_both_scripts_declare_the_same_queue() -> None:
+def test_both_scripts_declare_the_same_queue(producer: ModuleType, consumer: ModuleType) -> None:
     # RabbitMQ would refuse the second declaration otherwise.
-    assert producer.QUEUE == consumer.QUEUE
-    assert producer.URL == consumer.URL
     assert producer.QUEUE_ARGUMENTS == consumer.QUEUE_ARGUMENTS
     assert producer.DEAD_QUEUE_ARGUMENTS == consumer.DEAD_QUEUE_ARGUMENTS
 
 
-def test_an_import_changes_nothing_in_the_program() -> None:
+def test_an_import_changes_nothing_in_the_program(paths: dict[str, Path], tmp_path: Path) -> None:
     program = """
-import logging, signal, sys, pika
+import importlib, logging, os, signal, sys, pika
 def state():
-    loggers = [logging.getLogger(name) for name in (None, "pika", "producer", "consumer")]
+    loggers = [logging.getLogger(name) for name in (None, "pika", *names)]
     signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     return [(log.level, log.handlers[:]) for log in loggers], signals, sys.stdout, sys.stdout.write, sys.excepthook
+names = []
+for path in sys.argv[1:]:
+    directory, name = os.path.split(path)
+    sys.path.insert(0, directory)
+    names.append(name[:-3])
 before = state()
-import consumer, producer
+scripts = [importlib.import_module(name) for name in names]
 assert state() == before
-consumer.main(["--timeout", "0", "--url", "amqp://127.0.0.1:1"])
-producer.main(["--timeout", "0", "--url", "amqp://127.0.0.1:1"])
+for script in scripts:
+    assert script.main(["--timeout", "0", "--url", "amqp://127.0.0.1:1"]) in (1, 2)
 assert state() == before
 """
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    command = [sys.executable, "-c", program, *map(str, paths.values())]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
 
     assert done.returncode == 0, done.stderr

@@ -6,27 +6,18 @@ import json
 import re
 import signal
 import time
-from typing import Iterator
+from types import ModuleType
+from typing import Any
 
 import pytest
 
-import producer as producer_module
 from broker import Broker, eventually
-from conftest import Run, Start
-from producer import Producer
+from conftest import SCRIPTS, Run, Start
 from proxy import Proxy
 
 FULL = (
     "import json\ndef handle(method, properties, body): print(json.dumps({**vars(properties), 'body': body.decode()}))"
 )
-
-
-@pytest.fixture
-def publisher(broker: Broker, queue: str) -> Iterator[Producer]:
-    """A producer for the queue, in this process."""
-    publisher = Producer(producer_module.parse(["--url", broker.url, "-q", queue]))
-    yield publisher
-    publisher.close()
 
 
 def test_each_argument_is_a_message(run: Run, queue: str) -> None:
@@ -39,7 +30,7 @@ def test_each_argument_is_a_message(run: Run, queue: str) -> None:
 
 
 def test_empty_input_is_no_message(run: Run, queue: str) -> None:
-    assert run("producer", "-q", queue, "-", input=b"").stderr == "producer.py: 0 messages published\n"
+    assert run("producer", "-q", queue, "-", input=b"").messages == ["0 messages published"]
 
 
 def test_a_message_has_an_id_a_time_a_type_and_is_persistent(run: Run, queue: str) -> None:
@@ -70,16 +61,16 @@ def test_what_no_queue_takes_is_counted_and_ends_with_1(run: Run, queue: str, ex
     run("producer", "-e", exchange, "-r", "bound", "one")
     unroutable = run("producer", "-e", exchange, "-r", "other", "-", input=b"two\n" * 3000, code=1)
 
-    assert unroutable.stderr == (
-        "producer.py: error: 3000 of 3000 messages were unroutable: no queue is bound for them\n"
-    )
+    assert unroutable.messages == ["error: 3000 of 3000 messages were unroutable: no queue is bound for them"]
     assert run("consumer", "-q", queue, "--drain").bodies == [b"one"]
 
 
-def test_a_program_publishes_with_keys_and_properties(run: Run, publisher: Producer, queue: str) -> None:
+def test_a_program_publishes_with_keys_and_properties(run: Run, publisher: Any, queue: str) -> None:
     assert publisher.publish([b"one", b"two"]) == 0
     assert publisher.publish([b"three"], routing_key="no-such-queue") == 1
     assert publisher.publish([b"four"], message_id="order-4", headers={"n": 4}) == 0
+    with pytest.raises(ValueError):
+        publisher.publish([b"five", b"six"], message_id="only one of them would be counted as unroutable")
 
     *others, last = (json.loads(line) for line in run("consumer", "-q", queue, "--drain", handle=FULL).bodies)
 
@@ -87,20 +78,20 @@ def test_a_program_publishes_with_keys_and_properties(run: Run, publisher: Produ
     assert (last["body"], last["message_id"], last["headers"]) == ("four", "order-4", {"n": 4})
 
 
-def test_a_message_that_cannot_be_sent_does_not_disturb_the_next(run: Run, publisher: Producer, queue: str) -> None:
+def test_a_message_that_cannot_be_sent_does_not_disturb_the_next(run: Run, publisher: Any, queue: str) -> None:
     bad: list[object] = [b"one", 2]
 
     with pytest.raises(AttributeError):
-        publisher.publish(bad)  # type: ignore[arg-type]
+        publisher.publish(bad)
     assert publisher.publish([b"three"]) == 0
 
     assert run("consumer", "-q", queue, "--drain").bodies in ([b"three"], [b"one", b"three"])
 
 
-def test_a_cut_connection_loses_nothing(start: Start, queue: str, proxy: Proxy) -> None:
+def test_a_cut_connection_loses_nothing(start: Start, hasty_queue: str, proxy: Proxy) -> None:
     ids = "def handle(method, properties, body): print(properties.message_id, body.decode())"
-    producer = start("producer", "-q", queue, "-", url=proxy.url)
-    consumer = start("consumer", "-q", queue, handle=ids, url=proxy.url)
+    producer = start("producer", "-q", hasty_queue, "-", url=proxy.url)
+    consumer = start("consumer", "-q", hasty_queue, handle=ids, url=proxy.url)
 
     for number in range(1, 4):
         handled = len(consumer.bodies)
@@ -109,25 +100,41 @@ def test_a_cut_connection_loses_nothing(start: Start, queue: str, proxy: Proxy) 
         proxy.cut()
 
     assert producer.end() == 0, producer.stderr
-    assert producer.stderr.splitlines()[-1] == "producer.py: 12000 messages published"
+    assert producer.messages[-1] == "12000 messages published"
     eventually(lambda: len({line.split()[1] for line in consumer.bodies}) == 12_000)
     assert consumer.stop() == 0
     assert len({line.split()[0] for line in consumer.bodies}) == 12_000  # what came twice has the same id
     for script in producer, consumer:
-        assert script.stderr.count("; next try in ") >= 1
+        assert script.tries
 
 
-def test_pauses_between_tries_grow(start: Start) -> None:
-    producer = start("producer", "--timeout", "2.5", url="amqp://127.0.0.1:1")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_gives_up_when_the_timeout_is_over(start: Start, name: str) -> None:
+    script = start(name, "--timeout", "2.5", url="amqp://127.0.0.1:1")
 
-    assert producer.end() == 1
+    assert script.end() == 1
 
-    *tries, last = producer.stderr.splitlines()
-    pauses = [float(line.rpartition(" in ")[2].rstrip(" s")) for line in tries]
-    assert 2 <= len(pauses) <= 8
-    assert pauses[-1] > 1.5 * pauses[0]
+    *tries, last = script.messages
+    assert 2 <= len(script.tries) == len(tries)
+    assert max(script.tries) > 1.5 * script.tries[0]  # pauses grow
+    assert sum(script.tries) < 3  # and the last one is cut
     assert all("127.0.0.1:1: connection refused; start a broker with: docker compose up" in line for line in tries)
-    assert last.endswith("; 0 messages are safe")
+    assert last.startswith("error: 127.0.0.1:1: connection refused")
+    assert name == "consumer" or last.endswith("; 0 messages are safe")
+
+
+def test_a_publish_gives_up_and_the_next_one_works(producer: ModuleType, run: Run, queue: str, proxy: Proxy) -> None:
+    publisher = producer.Producer(producer.parse(["--url", proxy.url, "-q", queue, "--timeout", "1"]))
+    publisher.publish([b"one"])
+
+    proxy.refuse()
+    with pytest.raises(producer.ERRORS):
+        publisher.publish([b"two"])
+    proxy.listen()
+    publisher.publish([b"three"])
+
+    publisher.close()
+    assert run("consumer", "-q", queue, "--drain").bodies == [b"one", b"three"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
@@ -139,8 +146,8 @@ def test_an_interrupted_producer_says_how_much_is_safe(
 
     assert producer.stop(number) == 130
 
-    (line,) = producer.stderr.splitlines()
-    match = re.fullmatch(r"producer\.py: error: interrupted; (\d+) messages are safe", line)
+    (line,) = producer.messages
+    match = re.fullmatch(r"error: interrupted; (\d+) messages are safe", line)
     assert match
     safe = int(match[1])
     got = {int(body) for body in run("consumer", "-q", queue, "--drain", "--prefetch", "300").bodies}
