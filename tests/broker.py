@@ -74,6 +74,13 @@ class Broker:
         found = self.queue(queue)
         return int(found.message_count) if found else -1
 
+    def take(self, queue: str) -> list[bytes]:
+        """The bodies of the messages that are ready in the queue, which is empty afterwards."""
+        with self.connect() as connection:
+            channel = connection.channel()
+            got = iter(lambda: channel.basic_get(queue, auto_ack=True), (None, None, None))
+            return [bytes(body) for _, _, body in got if body is not None]
+
     def version(self) -> tuple[int, ...]:
         """The version of RabbitMQ, such as (4, 3, 6)."""
         with self.connect() as connection:

@@ -120,6 +120,21 @@ def publisher(producer: ModuleType, broker: Broker, queue: str) -> Iterator[Any]
     publisher.close()
 
 
+Publish = Callable[..., None]
+
+
+@pytest.fixture
+def publish(producer: ModuleType, broker: Broker) -> Publish:
+    """Publish texts to a queue, which is declared if need be: publish(queue, "one", "two")."""
+
+    def publish(queue: str, *texts: str) -> None:
+        publisher = producer.Producer(producer.parse(["--url", broker.url, "-q", queue]))
+        assert publisher.publish([text.encode() for text in texts]) == 0
+        publisher.close()
+
+    return publish
+
+
 @pytest.fixture
 def queue(broker: Broker) -> Iterator[str]:
     """A queue name of the test's own; the queue and its .dead are deleted afterwards."""

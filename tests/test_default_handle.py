@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from broker import Broker
-from conftest import Run, Start, Worker
+from conftest import Publish, Run, Start, Worker
 
 pytestmark = pytest.mark.default_handle
 LINES = {
-    "numbers": b"".join(b"%d\n" % number for number in range(10_000)),
+    "numbers": b"".join(b"%d\n" % number for number in range(3000)),
     "CRLF, empty lines and NULs": b"one\r\n\r\n\n\n\0\n\0\0two\0\n\xff\xfe\n",
     "lines of megabytes": b"a" * 3_000_000 + b"\n" + b"b" * 5_000_000 + b"\n\nc\n",
     "no newline in the end": b"one\ntwo",
@@ -48,22 +48,22 @@ def test_every_byte_of_standard_input_comes_back(run: Run, queue: str, data: byt
     assert consumer.stdout == data + (b"" if data.endswith(b"\n") else b"\n")
 
 
-def test_a_reader_that_goes_leaves_the_rest_in_the_queue(start: Start, run: Run, queue: str, broker: Broker) -> None:
-    run("producer", "-q", queue, "one")
+def test_a_reader_that_goes_leaves_the_rest_in_the_queue(start: Start, run: Run, queue: str, publish: Publish) -> None:
+    publish(queue, "one")
     consumer = start("consumer", "-q", queue, handle="", stdout=subprocess.PIPE, env={"PYTHONUNBUFFERED": ""})
     assert consumer.process.stdout
     assert consumer.process.stdout.readline() == b"one\n"
 
     consumer.process.stdout.close()
-    run("producer", "-q", queue, "two", "three")
+    publish(queue, "two", "three")
 
     assert (consumer.end(), consumer.stderr) == (0, "")
     assert run("consumer", "-q", queue, "--drain", handle="").bodies == [b"two", b"three"]
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
-def test_a_full_disk_stops_the_consumer(start: Start, run: Run, queue: str, unbuffered: str) -> None:
-    run("producer", "-q", queue, "one", "two")
+def test_a_full_disk_stops_the_consumer(start: Start, run: Run, queue: str, unbuffered: str, publish: Publish) -> None:
+    publish(queue, "one", "two")
 
     with open("/dev/full", "wb") as device:
         full = start("consumer", "-q", queue, handle="", stdout=device, env={"PYTHONUNBUFFERED": unbuffered})

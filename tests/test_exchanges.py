@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import uuid
+from types import ModuleType
 
 import pytest
 
 from broker import Broker, eventually
-from conftest import Run, Start, UntilConsuming
+from conftest import Publish, Run, Start, UntilConsuming
 
 # Of each exchange: its type, who is sent what (message: producer's options), who gets what (consumer's options:
 # messages). What nobody gets is unroutable.
@@ -37,36 +38,33 @@ RULES: dict[str, tuple[str, dict[str, str], dict[str, str]]] = {
 
 @pytest.mark.parametrize(("kind", "sends", "gets"), RULES.values(), ids=RULES)
 def test_an_exchange_routes_by_the_rules_of_its_type(
-    start: Start, broker: Broker, exchange: str, kind: str, sends: dict[str, str], gets: dict[str, str]
-) -> None:
+    start: Start, producer: ModuleType, broker: Broker, exchange: str, kind: str, sends: dict[str, str],
+    gets: dict[str, str],
+) -> None:  # fmt: skip
     queues = {options: f"{exchange}-{number}" for number, options in enumerate(gets)}
+    bind = ["-e", exchange, "-t", kind, "--drain"]
+    consumers = [start("consumer", "-q", queue, *bind, *options.split()) for options, queue in queues.items()]
+    assert {consumer.end() for consumer in consumers} == {0}
 
-    def drained(*arguments: str) -> dict[str, list[bytes]]:
-        """What each queue had."""
-        consumers = {
-            options: start("consumer", "-q", queue, "--drain", *arguments, *(options.split() if arguments else []))
-            for options, queue in queues.items()
-        }
-        assert {consumer.end() for consumer in consumers.values()} == {0}
-        return {options: sorted(consumer.bodies) for options, consumer in consumers.items()}
-
-    drained("-e", exchange, "-t", kind)  # declares and binds
-    producers = {message: start("producer", "-e", exchange, *sends[message].split(), message) for message in sends}
-    routed = {message for message, producer in producers.items() if producer.end() == 0}
+    send = ["--url", broker.url, "-e", exchange]
+    routed = {message for message in sends if producer.main([*send, *sends[message].split(), message]) == 0}
 
     assert routed == {message for messages in gets.values() for message in messages.split()}
-    assert drained() == {options: messages.encode().split() for options, messages in gets.items()}
+    taken = {options: sorted(broker.take(queue)) for options, queue in queues.items()}
+    assert taken == {options: messages.encode().split() for options, messages in gets.items()}
     with broker.connect() as connection:
         for queue in queues.values():
             connection.channel().queue_delete(queue)
             connection.channel().queue_delete(f"{queue}.dead")
 
 
-def test_consumers_of_one_queue_take_turns(start: Start, run: Run, queue: str, until_consuming: UntilConsuming) -> None:
+def test_consumers_of_one_queue_take_turns(
+    start: Start, queue: str, until_consuming: UntilConsuming, publish: Publish
+) -> None:
     consumers = [start("consumer", "-q", queue) for _ in range(3)]
     until_consuming(queue, 3)
 
-    run("producer", "-q", queue, *"123456789")
+    publish(queue, *"123456789")
 
     eventually(lambda: [len(consumer.bodies) for consumer in consumers] == [3, 3, 3])
     assert [consumer.stop() for consumer in consumers] == [0, 0, 0]
@@ -97,14 +95,16 @@ def test_a_shared_subscription_keeps_messages_while_all_are_away(
     assert run("consumer", *subscription).bodies == [b"1", b"2"]
 
 
-def test_the_same_name_in_another_virtual_host_is_another_queue(run: Run, own_broker: Broker, queue: str) -> None:
+def test_the_same_name_in_another_virtual_host_is_another_queue(
+    run: Run, own_broker: Broker, queue: str, publish: Publish, broker: Broker
+) -> None:
     vhost = f"pair-{uuid.uuid4().hex[:8]}"
     own_broker.ctl("add_vhost", vhost)
     own_broker.ctl("set_permissions", "-p", vhost, "guest", ".*", ".*", ".*")
     other = own_broker.url.replace("/%2F", f"/{vhost}")
 
-    run("producer", "-q", queue, "here")
+    publish(queue, "here")
     run("producer", "-q", queue, "there", url=other)
 
-    assert run("consumer", "-q", queue, "--drain").bodies == [b"here"]
+    assert broker.take(queue) == [b"here"]
     assert run("consumer", "-q", queue, "--drain", url=other).bodies == [b"there"]
