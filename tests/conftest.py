@@ -33,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--broker", default="", metavar="docker|local|URL", help="default: docker, else local")
     parser.addoption("--consumer", metavar="PATH", help="a copy of consumer.py, whose `handle` is another")
     parser.addoption("--producer", metavar="PATH", help="a copy of producer.py")
+    parser.addoption("--options-in", help="see .pytest.ini")
     parser.addoption("--python", default=sys.executable, help="what the scripts run with; default: this Python")
     parser.addoption("--seed", type=int, default=random.randrange(10**6), help="of what is random in the fault tests")
 
