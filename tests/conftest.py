@@ -22,7 +22,7 @@ from proxy import Proxy
 # A shell's background jobs ignore it, and so would the scripts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 SCRIPTS = ("producer", "consumer")
-TIMEOUT = 60  # seconds after which a script that should have ended has failed its test
+TIMEOUT = 120  # seconds after which a script that should have ended has failed its test
 # Has a message that failed come again at once, and move to NAME.dead after three tries.
 HASTY = {"x-delivery-limit": 2, "x-delayed-retry-min": 1, "x-delayed-retry-max": 1}
 # So that most tests do not depend on what the consumer under test does by itself.

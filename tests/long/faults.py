@@ -44,11 +44,9 @@ def lines(first: int, last: int) -> bytes:
 
 def pauses(script: Script) -> list[float]:
     """The pauses that the script announced, one line a try. It says nothing else, but why it waits and how it ended."""
-    other = "messages? published$|is the broker short of|warning: the queue is used as it is"
-    said = [line for line in script.stderr.splitlines() if not re.search(other, line)]
-    tries = [re.fullmatch(r"(?:producer|consumer)\.py: [\w.-]+:\d+: .+; next try in (\d\.\d) s", line) for line in said]
-    assert all(tries), script.stderr
-    return [float(found[1]) for found in tries if found]
+    other = r"messages? published$|is the broker short of|warning: the queue is used as it is|; next try in \d\.\d s$"
+    assert all(re.search(other, message) for message in script.messages), script.stderr
+    return script.tries
 
 
 def until_tried(*scripts: Script, times: int = 1) -> None:
@@ -120,7 +118,7 @@ class Stream:
         """All that was sent was published and handled, and nothing is left; what came twice had the same message id."""
         self.end()
         assert self.producer.end() == 0, self.producer.stderr
-        assert self.producer.stderr.splitlines()[-1] == f"producer.py: {self.sent} messages published"
+        assert self.producer.messages[-1] == f"{self.sent} messages published"
         with contextlib.suppress(AssertionError):  # what is missing is said below
             eventually(lambda: len(set(self.handled.numbers)) == self.sent)
         assert self.consumer.stop() == 0, self.consumer.stderr

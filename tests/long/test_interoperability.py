@@ -145,7 +145,7 @@ def test_a_message_without_properties_or_text_in_them_is_handled(
 def test_a_message_that_cannot_be_decoded_moves_to_dead(
     start: Start, run: Run, queue: str, node: Callable[..., str], broker: Broker
 ) -> None:
-    limit = 'consumer.QUEUE_ARGUMENTS.update({"x-delivery-limit": 3, "x-delayed-retry-min": 200})'
+    limit = 'QUEUE_ARGUMENTS.update({"x-delivery-limit": 3, "x-delayed-retry-min": 200})'
     handle = f"{limit}\ndef handle(method, properties, body): print(body.decode(), flush=True)"
     run("consumer", "-q", queue, "--drain", handle=handle)  # declares the queue
     milliseconds = {"sent": {"!": "timestamp", "value": 1_764_078_683_000}}

@@ -13,7 +13,7 @@ from long.faults import Stream, until_tried
 from proxy import Proxy
 
 HANDLE = """
-consumer.QUEUE_ARGUMENTS.update({"x-delivery-limit": 1, "x-delayed-retry-min": 1})
+QUEUE_ARGUMENTS.update({"x-delivery-limit": 1, "x-delayed-retry-min": 1})
 def handle(method, properties, body):
     print(body.decode())
     assert body != b"bad"
