@@ -22,8 +22,7 @@ from typing import Any, Callable, Dict, List, Sequence
 
 import pika
 
-import broker as brokers
-from broker import ROOT, Broker
+from broker import ROOT, Broker, choose
 
 Command = Sequence[str]
 Figures = Dict[str, List[float]]  # of each contestant, one a round
@@ -48,7 +47,8 @@ class Benchmark:
         return [sys.executable, str(ROOT / "tests" / "baselines.py"), name, self.url, queue, *map(str, arguments)]
 
     def script(self, pair: str, name: str, queue: str, *arguments: object) -> Command:
-        return [sys.executable, str(self.pairs[pair] / f"{name}.py"), "-q", queue, *map(str, arguments)]
+        messages = [] if name == "consumer" or arguments else ["Hello World!"]
+        return [sys.executable, str(self.pairs[pair] / f"{name}.py"), "-q", queue, *map(str, arguments), *messages]
 
     def lines(self, count: int, size: int) -> Path:
         """A file of so many numbered lines of so many bytes."""
@@ -115,6 +115,27 @@ class Benchmark:
             pika__acknowledged_automatically=lambda queue: rate(queue, self.pika("consume", queue, count, 0)),
             pika__each_message_acknowledged=lambda queue: rate(queue, self.pika("consume", queue, count, prefetch)),
         )
+
+    def failing(self, count: int) -> Figures:
+        """Messages that are handled each second, while each hundredth always fails, and while none does."""
+
+        def rate(queue: str, every: int) -> float:
+            good = count - (count // every if every else 0)
+            handle = self.directory / f"handle-{every}.py"
+            handle.write_text(f"""
+handled = 0
+def handle(method, properties, body):
+    global handled
+    assert not {every} or int(body) % {every}
+    handled += 1
+    if handled == {good}:
+        sys.exit()
+""")
+            self.seconds(self.script("ours", "producer", queue, "-"), stdin=self.lines(count, 100))
+            with_handle, consumer = str(ROOT / "tests" / "with_handle.py"), str(ROOT / "consumer.py")
+            return good / self.seconds([sys.executable, with_handle, consumer, str(handle), "-q", queue])
+
+        return self.measure({"ours": lambda queue: rate(queue, 100), "ours, none fails": lambda queue: rate(queue, 0)})
 
     def one_message(self) -> Figures:
         """Milliseconds, to a queue that exists."""
@@ -190,7 +211,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     many, large = (10_000, 500) if options.quick else (100_000, 2000)
-    broker = brokers.choose(options.broker)
+    broker = choose(options.broker)
     try:
         broker.start()
         with tempfile.TemporaryDirectory() as directory:
@@ -201,6 +222,7 @@ def main() -> None:
                 table(f"publish {what}", "/s", benchmark.publishing(count, size))
                 table(f"consume {what}, prefetch 100", "/s", benchmark.consuming(count, size, 100))
             table(f"consume {many:,} of 100 bytes, prefetch 10", "/s", benchmark.consuming(many, 100, 10))
+            table(f"handle {many // 10:,}, 1 % of which fail", "/s", benchmark.failing(many // 10))
             table("publish one", "ms", benchmark.one_message())
             table("latency", "ms", benchmark.latency(500))
             for size in 100, 0:

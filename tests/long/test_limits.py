@@ -108,7 +108,9 @@ def test_a_user_who_may_not_use_the_queue_is_refused_at_once(
 ) -> None:
     run("producer", "-q", queue, "one")
 
-    script = run(name, "-q", queue, url=somebody(**{missing: "^$"}), code=1)
+    message = ["two"] if name == "producer" else []
+
+    script = run(name, "-q", queue, *message, url=somebody(**{missing: "^$"}), code=1)
 
     assert re.search("error: 127.0.0.1:.*ACCESS_REFUSED", script.stderr.splitlines()[-1])
     assert "next try" not in script.stderr
@@ -206,7 +208,9 @@ def test_a_broker_that_cannot_be_verified_gets_no_byte(
 ) -> None:  # fmt: skip
     proxy = tls_proxy(**certificate)
 
-    script = run(name, "-q", queue, url=proxy.url, env=trust if trusted else {}, code=1)
+    message = ["one"] if name == "producer" else []
+
+    script = run(name, "-q", queue, *message, url=proxy.url, env=trust if trusted else {}, code=1)
 
     assert script.messages[0].startswith("error: localhost:")
     assert reason in script.stderr

@@ -35,7 +35,7 @@ def python(environment: Path) -> str:
 
 
 def test_hello_world_arrives(run: Run, queue: str) -> None:
-    run("producer", "-q", queue)
+    run("producer", "-q", queue, "Hello World!")
 
     assert run("consumer", "-q", queue, "--drain", handle="").stdout == b"Hello World!\n"
 
