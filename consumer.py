@@ -1,7 +1,7 @@
 """Handle the messages of a RabbitMQ queue, one after the other, until told to stop.
 
     python consumer.py                      write each message to standard output, one a line
-    python consumer.py --drain > messages   the same, until the queue is empty
+    python consumer.py --drain > messages   the same, until the queue has nothing to give
 
 Guaranteed: a message is acknowledged after `handle` returned; whatever breaks before, it is delivered again. One that
 fails waits for another try while others are handled, and in the end moves to the queue NAME.dead.
@@ -50,7 +50,7 @@ class Reject(Exception):
 
 
 def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
-    """Return None when the message is done with; raise if it has to be tried again; sys.exit() ends the program."""
+    """Return None to have the message acknowledged; raise to have it tried again. sys.exit() leaves it in the queue."""
     line = body + b"\n"
     try:
         while line:  # a signal can interrupt the writing of a long line
@@ -59,20 +59,20 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
         sys.exit(0 if isinstance(error, BrokenPipeError) else f"error: standard output: {error.strerror}")
 
 
-# From here to `parse_options`, the text is the same in producer.py and consumer.py.
+# QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and from here to the class, all is the same in producer.py and consumer.py.
 log = logging.getLogger(__name__)
 ERRORS = (AMQPError, AMQPConnectorException, OSError)  # all that the broker and the network cause
 OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # those after which to connect again
-# But not if the broker, or TLS, says one of these. Limits of connections, and "NOT_FOUND - home node", are temporary.
+# But not if the error says one of these. Limits of connections and "NOT_FOUND - home node" pass, and are left out.
 FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILED|RESOURCE_LOCKED|CERTIFICATE_VERIFY"
 
 
 def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
     """Connect to the first URL, within half of --timeout, so that there is time for the next one."""
     parameters, left = copy.copy(options.urls[0]), last_progress + options.timeout - time.monotonic()
-    limit = max(1, min(options.timeout / 2, left, 30))
+    limit = max(1, min(options.timeout / 2, left, 30))  # 30, because --timeout may be infinite
     parameters.stack_timeout = min(parameters.stack_timeout, limit)
-    # When the broker takes no more data, no time limit of pika's holds, but this one of Linux does.
+    # pika's time limits do not hold while the broker takes no data; this one of Linux does.
     parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * limit), **(parameters.tcp_options or {})}
     name = f"{os.path.basename(sys.argv[0])} on {os.uname().nodename}, process {os.getpid()}"
     parameters.client_properties = {"connection_name": name, **(parameters.client_properties or {})}
@@ -184,18 +184,18 @@ class Consumer:
                 future = self.worker.submit(self.work, waiting)
                 while not futures.wait([future], timeout=0.1).done:
                     connection.process_data_events()
-                if not channel.consumer_tags:
+                if not channel.consumer_tags:  # pika empties it
                     raise ConsumerCancelled("consumer cancelled: queue deleted, or a message took longer than allowed")
                 self.settle(channel, held, *future.result())
                 if self.options.drain and not waiting and is_drained(channel, queue, waiting):
                     self.stopping = True
-            connection.process_data_events()  # because basic_cancel rejects what pika has not passed on yet
+            connection.process_data_events()  # what pika has not passed on, basic_cancel would count as a failed try
             channel.basic_cancel(consumer_tag=tag)
             for delivery_tag in held:
                 channel.basic_reject(delivery_tag=delivery_tag, requeue=True)
             channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # since RabbitMQ 4.3, not a failed try
         finally:
-            waiting.clear()  # these come again; a batch still running (after an outage) ends with the message in hand
+            waiting.clear()  # so that a worker which is still busy, after an outage, stops after the message in hand
             self.last_progress = time.monotonic()
 
     def fetch(self, connection: pika.BlockingConnection, waiting: list[Any]) -> None:
@@ -210,8 +210,8 @@ class Consumer:
         """Return the delivery tags of what was handled; and method, properties and error of what failed."""
         handled: list[int] = []
         failed: list[Any] = []
-        end, half = time.monotonic() + 0.1, self.options.prefetch / 2  # what was handled is acknowledged soon
-        while waiting and self.remaining and not self.stopping and len(handled) < half and time.monotonic() < end:
+        end, enough = time.monotonic() + 0.1, self.options.prefetch / 2  # what was handled is to be acknowledged soon
+        while waiting and self.remaining and not self.stopping and len(handled) < enough and time.monotonic() < end:
             method, properties, body = waiting.pop(0)
             if self.options.verbose:
                 log.info("%s %s", method, properties)
@@ -231,8 +231,8 @@ class Consumer:
     def settle(self, channel: BlockingChannel, held: dict[int, float], handled: list[int], failed: list[Any]) -> None:
         """Acknowledge what was handled, and reject what failed: for good, or when it is due to be tried again.
 
-        Before RabbitMQ 4.3, what is rejected comes back at once, and would soon fill the prefetch. So while others succeed,
-        only half of it is for messages that failed, and what is more is retried early: 40 times for each success.
+        Before RabbitMQ 4.3, what is rejected comes back at once, and would soon fill the prefetch. So when what is held
+        is more than half of it, the next due is retried early. Each success allows 40 early retries, 100 can be saved.
         """
         now, private, dead = time.monotonic(), not self.options.queue, str(self.options.queue).endswith(".dead")
         for method, properties, error in failed:
@@ -241,16 +241,16 @@ class Consumer:
                 channel.basic_reject(delivery_tag=tag, requeue=False)
                 if private:
                     log.error("error: message %r is dropped: a private queue has no NAME.dead", properties.message_id)
-            elif not method.redelivered or "x-acquired-count" in headers:  # RabbitMQ 4.3 has it wait by itself
+            elif not method.redelivered or "x-acquired-count" in headers:  # first failure; or RabbitMQ 4.3 has it wait
                 held[tag] = now + 0.2
             else:
                 held[tag] = now + min(headers.get("x-delivery-count", 1), 5)
-        multiple = not held  # then the last acknowledgement is for all
+        multiple = not held  # every earlier message is settled or in `handled`, so the last acknowledgement is for all
         for tag in handled[-1:] if multiple else handled:
             channel.basic_ack(delivery_tag=tag, multiple=multiple)
         self.early_retries = min(self.early_retries + 40 * len(handled), 100)  # none are left when everything fails
         for tag in sorted(held, key=held.__getitem__):
-            if held[tag] > now:
+            if held[tag] > now:  # not due
                 if 2 * len(held) <= self.options.prefetch or not self.early_retries:
                     break
                 self.early_retries -= 1
@@ -259,7 +259,7 @@ class Consumer:
 
 
 def is_drained(channel: BlockingChannel, queue: str, waiting: list[Any]) -> bool:
-    """Whether no message is in the queue, nor on its way. Asks twice, because an answer can overtake messages."""
+    """Whether no message is in the queue, nor on its way. The first answer can overtake messages, the second cannot."""
     ready = [channel.queue_declare(queue=queue, passive=True).method.message_count for _ in range(2)]
     channel.connection.process_data_events()
     return not any(ready) and not waiting
@@ -295,8 +295,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     consumer = Consumer(parse(argv))
-    handlers = {number: signal.signal(number, consumer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    os.register_at_fork(after_in_child=lambda: [signal.signal(*item) for item in handlers.items()])  # if `handle` forks
+    old = {number: signal.signal(number, consumer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.register_at_fork(after_in_child=lambda: [signal.signal(*item) for item in old.items()])  # SIGTERM ends forks
     try:
         consumer.run()
         return 0
@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     finally:
         consumer.worker.shutdown()  # waits for `handle`
-        for number, handler in handlers.items():
+        for number, handler in old.items():
             signal.signal(number, handler)
 
 

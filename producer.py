@@ -43,20 +43,20 @@ QUEUE_ARGUMENTS = {
 }
 DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}  # RabbitMQ 4 drops after 20 by default
 
-# From here to `parse_options`, the text is the same in producer.py and consumer.py.
+# QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and from here to the class, all is the same in producer.py and consumer.py.
 log = logging.getLogger(__name__)
 ERRORS = (AMQPError, AMQPConnectorException, OSError)  # all that the broker and the network cause
 OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # those after which to connect again
-# But not if the broker, or TLS, says one of these. Limits of connections, and "NOT_FOUND - home node", are temporary.
+# But not if the error says one of these. Limits of connections and "NOT_FOUND - home node" pass, and are left out.
 FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILED|RESOURCE_LOCKED|CERTIFICATE_VERIFY"
 
 
 def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
     """Connect to the first URL, within half of --timeout, so that there is time for the next one."""
     parameters, left = copy.copy(options.urls[0]), last_progress + options.timeout - time.monotonic()
-    limit = max(1, min(options.timeout / 2, left, 30))
+    limit = max(1, min(options.timeout / 2, left, 30))  # 30, because --timeout may be infinite
     parameters.stack_timeout = min(parameters.stack_timeout, limit)
-    # When the broker takes no more data, no time limit of pika's holds, but this one of Linux does.
+    # pika's time limits do not hold while the broker takes no data; this one of Linux does.
     parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * limit), **(parameters.tcp_options or {})}
     name = f"{os.path.basename(sys.argv[0])} on {os.uname().nodename}, process {os.getpid()}"
     parameters.client_properties = {"connection_name": name, **(parameters.client_properties or {})}
@@ -137,10 +137,10 @@ class Producer:
         self.connection: pika.BlockingConnection | None = None
 
     def publish(self, bodies: Sequence[bytes], routing_key: str | None = None, **properties: Any) -> int:
-        """Publish some thousand messages at most; return how many of them were unroutable. The others are safe.
+        """Publish the messages, some thousand at most; return how many were unroutable. The others are safe.
 
         The routing key and the properties (those of pika.BasicProperties) are for all of them. Raises one of ERRORS if
-        the broker refuses, or confirms nothing for --timeout; some of the messages may be stored then, too.
+        the error is FINAL, or nothing is confirmed for --timeout; some of the messages may be stored then, too.
         """
         if "message_id" in properties and len(bodies) > 1:
             raise ValueError("a message_id is for one message only")
@@ -180,7 +180,7 @@ class Producer:
         return connection
 
     def send(self) -> None:
-        """Send all that is not confirmed, numbered as the broker numbers it."""
+        """Send all that is not confirmed (after an outage: again, on a new channel), numbered as the broker does."""
         messages = [*self.unconfirmed.values(), *self.unsent]
         self.unconfirmed, self.unsent = dict(enumerate(messages, start=self.delivery_tag + 1)), []
         self.delivery_tag += len(messages)
@@ -190,10 +190,10 @@ class Producer:
             self.channel.basic_publish(**message, mandatory=True)
 
     def wait(self, connection: pika.BlockingConnection) -> None:
-        """Return when all is confirmed; raises an error if messages were rejected, or nothing is confirmed in time."""
-        began = time.monotonic()
+        """Return when all is confirmed. Raises an outage if it has to be sent again, AMQPError if it is too late."""
+        began = time.monotonic()  # after the last try begins, which is when --timeout is over, there is one second
         while self.unconfirmed and self.channel.is_open:
-            left = max(self.last_progress + self.options.timeout, began + 1) - time.monotonic()  # 1 s for the last try
+            left = max(self.last_progress + self.options.timeout, began + 1) - time.monotonic()
             if left <= 0:
                 # None of OUTAGES: it is too late for another try.
                 raise AMQPError(f"nothing was confirmed for {self.options.timeout:g} s")
@@ -214,7 +214,7 @@ class Producer:
             self.unsent += messages
             self.errors.append(AMQPChannelError("messages were rejected: is the queue full?"))
         if self.connection and not self.unconfirmed:
-            self.connection.call_later(0, lambda: None)  # a timer ends process_data_events, a confirmation does not
+            self.connection.call_later(0, lambda: None)  # ends `wait`: process_data_events returns for a timer only
 
     def close(self) -> None:
         """Close the connection. The next `publish` opens another."""

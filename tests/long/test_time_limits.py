@@ -17,7 +17,7 @@ from conftest import SCRIPTS, Start
 from long.faults import freeze, thaw
 from proxy import Proxy
 
-SOON = 20  # seconds in which a script with --timeout 3 has ended, also on a busy machine; before, it took up to minutes
+SOON = 12  # seconds in which a script with --timeout 3 has ended, also on a busy machine; before, it took up to minutes
 
 
 @pytest.fixture
