@@ -3,9 +3,8 @@
     python consumer.py                      write each message to standard output, one a line
     python consumer.py --drain > messages   the same, until the queue has nothing to give
 
-Guaranteed: a message is acknowledged after `handle` returned; whatever breaks before, it is delivered again. One that
-fails waits for another try while others are handled, and in the end moves to the queue NAME.dead.
-Not guaranteed: that a message is delivered only once, nor the order. To make it yours, replace `handle`.
+Guaranteed, but for private queues: a message is acknowledged after `handle` returned. One that fails waits for another
+try, while others are handled, and ends in the queue NAME.dead. Not guaranteed: that it is delivered only once.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
 log = logging.getLogger(__name__)
 ERRORS = (AMQPError, AMQPConnectorException, OSError)  # all that the broker and the network cause
 OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # those after which to connect again
-# But not if the error says one of these. Limits of connections and "NOT_FOUND - home node" pass, and are left out.
+# But not if the error says one of these. Connection limits and "NOT_FOUND - home node" are temporary: not listed.
 FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILED|RESOURCE_LOCKED|CERTIFICATE_VERIFY"
 
 
@@ -90,7 +89,7 @@ def declare(connection: pika.BlockingConnection, options: argparse.Namespace) ->
             channel.queue_declare(queue=queue, durable=True, arguments=arguments)
             channel.queue_declare(queue=f"{queue}.dead", durable=True, arguments=DEAD_QUEUE_ARGUMENTS)
         except ChannelClosedByBroker as error:
-            if error.reply_code not in (403, 406):  # no right to configure it; it has other settings
+            if error.reply_code not in (403, 406):  # no right to configure; other settings
                 raise
             log.warning("warning: the queue is used as it is: %s", error.reply_text)
             channel = connection.channel()
@@ -176,35 +175,37 @@ class Consumer:
         connection, queue = channel.connection, bind(channel, self.options)
         waiting: list[Any] = []  # method, properties and body of each message that has come
         held: dict[int, float] = {}  # when each message that failed is due to be given back, by delivery tag
+        results: Any = ([], [])  # of the last batch: what was handled, and what failed
         channel.basic_qos(prefetch_count=min(self.options.prefetch, self.options.count))
         tag = channel.basic_consume(queue=queue, on_message_callback=lambda _, *delivery: waiting.append(delivery))
         try:
             while self.remaining and not self.stopping:
+                self.settle(channel, held, *results)
                 self.fetch(connection, waiting)
                 future = self.worker.submit(self.work, waiting)
                 while not futures.wait([future], timeout=0.1).done:
                     connection.process_data_events()
-                if not channel.consumer_tags:  # pika empties it
+                if not channel.consumer_tags:  # pika empties it when the broker cancels
                     raise ConsumerCancelled("consumer cancelled: queue deleted, or a message took longer than allowed")
-                self.settle(channel, held, *future.result())
+                results = future.result()
                 if self.options.drain and not waiting and is_drained(channel, queue, waiting):
                     self.stopping = True
-            connection.process_data_events()  # what pika has not passed on, basic_cancel would count as a failed try
+            connection.process_data_events()  # else basic_cancel rejects what pika still has: a failed try
             channel.basic_cancel(consumer_tag=tag)
+            self.settle(channel, held, *results)  # not earlier, because the broker then sends more
             for delivery_tag in held:
                 channel.basic_reject(delivery_tag=delivery_tag, requeue=True)
-            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # since RabbitMQ 4.3, not a failed try
+            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # others; since 4.3, this is no failure
         finally:
             waiting.clear()  # so that a worker which is still busy, after an outage, stops after the message in hand
             self.last_progress = time.monotonic()
 
     def fetch(self, connection: pika.BlockingConnection, waiting: list[Any]) -> None:
         """Take messages until more than half the prefetch is waiting, or no more comes (within 0.2 s for the first)."""
-        while len(waiting) <= self.options.prefetch // 2:
+        before = -1
+        while before < len(waiting) <= self.options.prefetch // 2:  # as long as it has grown
             before = len(waiting)
             connection.process_data_events(time_limit=0 if waiting else 0.2)
-            if len(waiting) == before:
-                break
 
     def work(self, waiting: list[Any]) -> tuple[list[int], list[Any]]:
         """Return the delivery tags of what was handled; and method, properties and error of what failed."""
@@ -231,8 +232,8 @@ class Consumer:
     def settle(self, channel: BlockingChannel, held: dict[int, float], handled: list[int], failed: list[Any]) -> None:
         """Acknowledge what was handled, and reject what failed: for good, or when it is due to be tried again.
 
-        Before RabbitMQ 4.3, what is rejected comes back at once, and would soon fill the prefetch. So when what is held
-        is more than half of it, the next due is retried early. Each success allows 40 early retries, 100 can be saved.
+        Before RabbitMQ 4.3, a rejected message returns at once, so it is held first, which takes up prefetch. When more
+        than half of that is held, the next due is retried early. Each success allows 40 such retries, up to 100.
         """
         now, private, dead = time.monotonic(), not self.options.queue, str(self.options.queue).endswith(".dead")
         for method, properties, error in failed:
@@ -241,13 +242,12 @@ class Consumer:
                 channel.basic_reject(delivery_tag=tag, requeue=False)
                 if private:
                     log.error("error: message %r is dropped: a private queue has no NAME.dead", properties.message_id)
-            elif not method.redelivered or "x-acquired-count" in headers:  # first failure; or RabbitMQ 4.3 has it wait
+            elif not method.redelivered or "x-acquired-count" in headers:  # first failure, or 4.3, which delays it
                 held[tag] = now + 0.2
             else:
                 held[tag] = now + min(headers.get("x-delivery-count", 1), 5)
-        multiple = not held  # every earlier message is settled or in `handled`, so the last acknowledgement is for all
-        for tag in handled[-1:] if multiple else handled:
-            channel.basic_ack(delivery_tag=tag, multiple=multiple)
+        for tag in handled if held else handled[-1:]:
+            channel.basic_ack(delivery_tag=tag, multiple=not held)  # if none is held, the last one is for all before it
         self.early_retries = min(self.early_retries + 40 * len(handled), 100)  # none are left when everything fails
         for tag in sorted(held, key=held.__getitem__):
             if held[tag] > now:  # not due

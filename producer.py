@@ -47,7 +47,7 @@ DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
 log = logging.getLogger(__name__)
 ERRORS = (AMQPError, AMQPConnectorException, OSError)  # all that the broker and the network cause
 OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # those after which to connect again
-# But not if the error says one of these. Limits of connections and "NOT_FOUND - home node" pass, and are left out.
+# But not if the error says one of these. Connection limits and "NOT_FOUND - home node" are temporary: not listed.
 FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILED|RESOURCE_LOCKED|CERTIFICATE_VERIFY"
 
 
@@ -74,7 +74,7 @@ def declare(connection: pika.BlockingConnection, options: argparse.Namespace) ->
             channel.queue_declare(queue=queue, durable=True, arguments=arguments)
             channel.queue_declare(queue=f"{queue}.dead", durable=True, arguments=DEAD_QUEUE_ARGUMENTS)
         except ChannelClosedByBroker as error:
-            if error.reply_code not in (403, 406):  # no right to configure it; it has other settings
+            if error.reply_code not in (403, 406):  # no right to configure; other settings
                 raise
             log.warning("warning: the queue is used as it is: %s", error.reply_text)
             channel = connection.channel()
@@ -191,7 +191,7 @@ class Producer:
 
     def wait(self, connection: pika.BlockingConnection) -> None:
         """Return when all is confirmed. Raises an outage if it has to be sent again, AMQPError if it is too late."""
-        began = time.monotonic()  # after the last try begins, which is when --timeout is over, there is one second
+        began = time.monotonic()  # the last try may begin only when --timeout is over; it still gets one second
         while self.unconfirmed and self.channel.is_open:
             left = max(self.last_progress + self.options.timeout, began + 1) - time.monotonic()
             if left <= 0:
@@ -214,7 +214,7 @@ class Producer:
             self.unsent += messages
             self.errors.append(AMQPChannelError("messages were rejected: is the queue full?"))
         if self.connection and not self.unconfirmed:
-            self.connection.call_later(0, lambda: None)  # ends `wait`: process_data_events returns for a timer only
+            self.connection.call_later(0, lambda: None)  # wakes `wait`: a timer does, a confirmation does not
 
     def close(self) -> None:
         """Close the connection. The next `publish` opens another."""
