@@ -208,7 +208,7 @@ class Consumer:
             connection.process_data_events(time_limit=0 if waiting else 0.2)
 
     def work(self, waiting: list[Any]) -> tuple[list[int], list[Any]]:
-        """Return the delivery tags of what was handled; and method, properties and error of what failed."""
+        """Handle messages; return the delivery tags of the handled, and method, properties and error of the failed."""
         handled: list[int] = []
         failed: list[Any] = []
         end, enough = time.monotonic() + 0.1, self.options.prefetch / 2  # what was handled is to be acknowledged soon
