@@ -190,7 +190,7 @@ class Consumer:
                 results = future.result()
                 if self.options.drain and not waiting and is_drained(channel, queue, waiting):
                     self.stopping = True
-            connection.process_data_events()  # else basic_cancel rejects what pika still has: a failed try
+            connection.sleep(0.1)  # take what is on its way, because basic_cancel rejects it, which is a failed try
             channel.basic_cancel(consumer_tag=tag)
             self.settle(channel, held, *results)  # not earlier, because the broker then sends more
             for delivery_tag in held:

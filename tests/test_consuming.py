@@ -183,6 +183,23 @@ def test_a_stopped_consumer_finishes_one_and_gives_back_the_others(
         assert "x-delivery-count" not in verbose.stderr
 
 
+def test_a_stop_in_a_backlog_costs_the_others_no_try(run: Run, queue: str, publish: Publish) -> None:
+    bodies = [str(number) for number in range(500)]
+    publish(queue, *bodies)
+    stopping = """
+def handle(method, properties, body):
+    os.write(1, body + b"\\n")
+    if body == b"75":
+        os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+    stopped = run("consumer", "-q", queue, "--prefetch", "100", handle=stopping)  # when the broker is sending the next
+    rest = run("consumer", "-q", queue, "--drain")
+
+    # RabbitMQ 4.3 would deliver what is rejected ten seconds later.
+    assert stopped.bodies + rest.bodies == [body.encode() for body in bodies]
+
+
 def test_a_second_control_c_ends_a_handler_that_takes_forever(start: Start, queue: str, publish: Publish) -> None:
     publish(queue, "600")
     consumer = start("consumer", "-q", queue, handle=SLOW)
