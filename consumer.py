@@ -146,10 +146,9 @@ class Consumer:
     """Has `handle` work in a thread of its own, and serves the connection meanwhile."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.remaining, self.stopping = options, options.count, False
+        self.options, self.remaining, self.worker = options, options.count, futures.ThreadPoolExecutor(max_workers=1)
+        self.stopping, self.last_progress, self.last_success, self.early_retries = False, time.monotonic(), 0.0, 0
         self.ended_by: BaseException | None = None  # what `handle` raised to end the program
-        self.last_progress, self.early_retries = time.monotonic(), 0
-        self.worker = futures.ThreadPoolExecutor(max_workers=1)
 
     def stop(self, signal_number: int = 0, *_: Any) -> None:
         """Stop after the message in hand; a second Ctrl-C ends the program at once."""
@@ -230,12 +229,13 @@ class Consumer:
         return handled, failed
 
     def settle(self, channel: BlockingChannel, held: dict[int, float], handled: list[int], failed: list[Any]) -> None:
-        """Acknowledge what was handled, and reject what failed: for good, or when it is due to be tried again.
-
-        Before RabbitMQ 4.3, a rejected message returns at once, so it is held first, which takes up prefetch. When more
-        than half of that is held, the next due is retried early. Each success allows 40 such retries, up to 100.
-        """
+        """Acknowledge what was handled, and reject what failed: for good, or when it is due to be tried again."""
         now, private, dead = time.monotonic(), not self.options.queue, str(self.options.queue).endswith(".dead")
+        if handled:  # eight for each place: if all fail from now on, each still has twelve tries, a minute
+            self.last_success, self.early_retries = now, 8 * max(10, self.options.prefetch)
+        # Before RabbitMQ 4.3, a rejected message returns at once, so it is held until it is due, which takes up prefetch.
+        # While others succeed, half the prefetch is left to them: of what is held beyond that, the next due returns early.
+        crowded = 2 * (len(held) + len(failed)) > self.options.prefetch and now < self.last_success + 1
         for method, properties, error in failed:
             tag, headers = method.delivery_tag, properties.headers or {}
             if (isinstance(error, Reject) and not dead) or (private and method.redelivered):
@@ -245,13 +245,13 @@ class Consumer:
             elif not method.redelivered or "x-acquired-count" in headers:  # first failure, or 4.3, which delays it
                 held[tag] = now + 0.2
             else:
-                held[tag] = now + min(headers.get("x-delivery-count", 1), 5)
+                count = headers.get("x-delivery-count", 1)
+                held[tag] = now + (0 if crowded and count > 8 else min(count, 5))  # 0: it fails, and others succeed
         for tag in handled if held else handled[-1:]:
             channel.basic_ack(delivery_tag=tag, multiple=not held)  # if none is held, the last one is for all before it
-        self.early_retries = min(self.early_retries + 40 * len(handled), 100)  # none are left when everything fails
         for tag in sorted(held, key=held.__getitem__):
             if held[tag] > now:  # not due
-                if 2 * len(held) <= self.options.prefetch or not self.early_retries:
+                if not crowded or 2 * len(held) <= self.options.prefetch or not self.early_retries:
                     break
                 self.early_retries -= 1
             channel.basic_reject(delivery_tag=tag, requeue=True)
