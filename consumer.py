@@ -3,8 +3,8 @@
     python consumer.py                      write each message to standard output, one a line
     python consumer.py --drain > messages   the same, until the queue has nothing to give
 
-Guaranteed, but for private queues: a message is acknowledged after `handle` returned. One that fails waits for another
-try, while others are handled, and ends in the queue NAME.dead. Not guaranteed: that it is delivered only once.
+Guaranteed, but for private queues (-e without -q): a message is acknowledged after `handle` returned. One that fails
+waits for another try, while others are handled, and ends in NAME.dead. Not guaranteed: that it is delivered only once.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
     "x-delivery-limit": 20,  # how often a message that failed is delivered again before it moves to NAME.dead
     "x-delayed-retry-type": "failed",  # RabbitMQ 4.3 and later wait before they deliver it again
-    "x-delayed-retry-min": 10_000,  # ms, times how often it has failed
+    "x-delayed-retry-min": 10_000,  # ms, multiplied by the number of failures
     "x-delayed-retry-max": 300_000,  # ms
     "x-dead-letter-exchange": "",
     "x-dead-letter-strategy": "at-least-once",  # https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
     "x-overflow": "reject-publish",  # is required by at-least-once
 }
-DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}  # RabbitMQ 4 drops after 20 by default
+DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}  # RabbitMQ 4 has 20, and then drops
 
 
 class Reject(Exception):
@@ -58,20 +58,20 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
         sys.exit(0 if isinstance(error, BrokenPipeError) else f"error: standard output: {error.strerror}")
 
 
-# QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and from here to the class, all is the same in producer.py and consumer.py.
+# QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and from here to the class, the text is the same in producer.py and consumer.py.
 log = logging.getLogger(__name__)
-ERRORS = (AMQPError, AMQPConnectorException, OSError)  # all that the broker and the network cause
+ERRORS = (AMQPError, AMQPConnectorException, OSError)  # whatever the broker or the network can cause
 OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # those after which to connect again
-# But not if the error says one of these. Connection limits and "NOT_FOUND - home node" are temporary: not listed.
+# But not if the error says one of these. A limit of connections and "NOT_FOUND - home node" are temporary.
 FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILED|RESOURCE_LOCKED|CERTIFICATE_VERIFY"
 
 
 def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
-    """Connect to the first URL, within half of --timeout, so that there is time for the next one."""
+    """Connect to the first URL, in half of --timeout at most, so that there is time for the next one."""
     parameters, left = copy.copy(options.urls[0]), last_progress + options.timeout - time.monotonic()
     limit = max(1, min(options.timeout / 2, left, 30))  # 30, because --timeout may be infinite
     parameters.stack_timeout = min(parameters.stack_timeout, limit)
-    # pika's time limits do not hold while the broker takes no data; this one of Linux does.
+    # pika's own time limits do not end the wait for a broker that reads nothing. This one, of the Linux kernel, does.
     parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * limit), **(parameters.tcp_options or {})}
     name = f"{os.path.basename(sys.argv[0])} on {os.uname().nodename}, process {os.getpid()}"
     parameters.client_properties = {"connection_name": name, **(parameters.client_properties or {})}
@@ -81,7 +81,7 @@ def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingC
 def declare(connection: pika.BlockingConnection, options: argparse.Namespace) -> BlockingChannel:
     """Declare the exchange and the queue that the options name; return an open channel."""
     channel, exchange, kind, queue = connection.channel(), options.exchange, options.type, options.queue
-    if exchange:  # a passive declaration asks whether it exists, of whatever type
+    if exchange:  # without --type, a passive declaration asks whether it exists, whatever its type
         channel.exchange_declare(exchange=exchange, exchange_type=kind or "direct", durable=True, passive=not kind)
     if queue and not queue.endswith(".dead"):  # NAME.dead is declared together with NAME
         arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{queue}.dead"}
@@ -89,7 +89,7 @@ def declare(connection: pika.BlockingConnection, options: argparse.Namespace) ->
             channel.queue_declare(queue=queue, durable=True, arguments=arguments)
             channel.queue_declare(queue=f"{queue}.dead", durable=True, arguments=DEAD_QUEUE_ARGUMENTS)
         except ChannelClosedByBroker as error:
-            if error.reply_code not in (403, 406):  # no right to configure; other settings
+            if error.reply_code not in (403, 406):  # 403: no right to configure it; 406: it has other arguments
                 raise
             log.warning("warning: the queue is used as it is: %s", error.reply_text)
             channel = connection.channel()
@@ -135,7 +135,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     options = parser.parse_args(argv)
     if "" in (options.queue, options.exchange):
         parser.error("-q and -e: expected a name")
-    if options.queue and len(os.fsencode(options.queue)) > 255 - 5 * (not options.queue.endswith(".dead")):
+    if len(os.fsencode(re.sub(r"\.dead$", "", options.queue or ""))) > 250:
         parser.error("-q: the name, or NAME.dead, is longer than AMQP's 255 bytes")
     if not all("=" in text for text in options.header):
         parser.error("-H: expected KEY=VALUE")
@@ -147,7 +147,7 @@ class Consumer:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.remaining, self.worker = options, options.count, futures.ThreadPoolExecutor(max_workers=1)
-        self.stopping, self.last_progress, self.last_success, self.early_retries = False, time.monotonic(), 0.0, 0
+        self.stopping, self.last_progress, self.last_success, self.failures_in_a_row = False, time.monotonic(), 0.0, 0
         self.ended_by: BaseException | None = None  # what `handle` raised to end the program
 
     def stop(self, signal_number: int = 0, *_: Any) -> None:
@@ -172,26 +172,24 @@ class Consumer:
     def consume(self, channel: BlockingChannel) -> None:
         """Have messages handled until told to stop, then give back the others."""
         connection, queue = channel.connection, bind(channel, self.options)
-        waiting: list[Any] = []  # method, properties and body of each message that has come
-        held: dict[int, float] = {}  # when each message that failed is due to be given back, by delivery tag
-        results: Any = ([], [])  # of the last batch: what was handled, and what failed
+        waiting: list[Any] = []  # method, properties and body of each message that has come and is to be handled
+        held: dict[int, Any] = {}  # of each message that failed: when it is due, and how often it was returned, by tag
         channel.basic_qos(prefetch_count=min(self.options.prefetch, self.options.count))
         tag = channel.basic_consume(queue=queue, on_message_callback=lambda _, *delivery: waiting.append(delivery))
         try:
             while self.remaining and not self.stopping:
-                self.settle(channel, held, *results)
+                self.give_back(channel, held)
                 self.fetch(connection, waiting)
                 future = self.worker.submit(self.work, waiting)
                 while not futures.wait([future], timeout=0.1).done:
                     connection.process_data_events()
                 if not channel.consumer_tags:  # pika empties it when the broker cancels
                     raise ConsumerCancelled("consumer cancelled: queue deleted, or a message took longer than allowed")
-                results = future.result()
+                self.settle(channel, held, *future.result())
                 if self.options.drain and not waiting and is_drained(channel, queue, waiting):
                     self.stopping = True
             connection.sleep(0.1)  # take what is on its way, because basic_cancel rejects it, which is a failed try
             channel.basic_cancel(consumer_tag=tag)
-            self.settle(channel, held, *results)  # not earlier, because the broker then sends more
             for delivery_tag in held:
                 channel.basic_reject(delivery_tag=delivery_tag, requeue=True)
             channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # others; since 4.3, this is no failure
@@ -210,7 +208,7 @@ class Consumer:
         """Handle messages; return the delivery tags of the handled, and method, properties and error of the failed."""
         handled: list[int] = []
         failed: list[Any] = []
-        end, enough = time.monotonic() + 0.1, self.options.prefetch / 2  # what was handled is to be acknowledged soon
+        end, enough = time.monotonic() + 0.1, self.options.prefetch / 2  # because what is handled is acknowledged later
         while waiting and self.remaining and not self.stopping and len(handled) < enough and time.monotonic() < end:
             method, properties, body = waiting.pop(0)
             if self.options.verbose:
@@ -220,42 +218,44 @@ class Consumer:
                     sys.exit("error: handle must return None, so it must not be async, nor a generator")
                 sys.stdout.flush()
                 handled.append(method.delivery_tag)
+                self.last_success, self.failures_in_a_row = time.monotonic(), 0
             except SystemExit as error:
                 self.ended_by, self.stopping = error, True
             except BaseException as error:  # asyncio.CancelledError is no Exception
                 log.error("error: message %r: %.300r", properties.message_id, error, exc_info=self.options.verbose)
                 failed.append((method, properties, error))
+                self.failures_in_a_row += 1
             self.remaining -= 1
         return handled, failed
 
-    def settle(self, channel: BlockingChannel, held: dict[int, float], handled: list[int], failed: list[Any]) -> None:
-        """Acknowledge what was handled, and reject what failed: for good, or when it is due to be tried again."""
-        now, private, dead = time.monotonic(), not self.options.queue, str(self.options.queue).endswith(".dead")
-        if handled:  # eight for each place: if all fail from now on, each still has twelve tries, a minute
-            self.last_success, self.early_retries = now, 8 * max(10, self.options.prefetch)
-        # Before RabbitMQ 4.3, a rejected message returns at once, so it is held until it is due, which takes up prefetch.
-        # While others succeed, half the prefetch is left to them: of what is held beyond that, the next due returns early.
-        crowded = 2 * (len(held) + len(failed)) > self.options.prefetch and now < self.last_success + 1
+    def settle(self, channel: BlockingChannel, held: dict[int, Any], handled: list[int], failed: list[Any]) -> None:
+        """Acknowledge what was handled; reject what failed, for good, or hold it until it is due to be tried again."""
+        private, dead = not self.options.queue, str(self.options.queue).endswith(".dead")
         for method, properties, error in failed:
             tag, headers = method.delivery_tag, properties.headers or {}
             if (isinstance(error, Reject) and not dead) or (private and method.redelivered):
                 channel.basic_reject(delivery_tag=tag, requeue=False)
                 if private:
                     log.error("error: message %r is dropped: a private queue has no NAME.dead", properties.message_id)
-            elif not method.redelivered or "x-acquired-count" in headers:  # first failure, or 4.3, which delays it
-                held[tag] = now + 0.2
-            else:
-                count = headers.get("x-delivery-count", 1)
-                held[tag] = now + (0 if crowded and count > 8 else min(count, 5))  # 0: it fails, and others succeed
+            else:  # RabbitMQ 4.3, which delays by itself, sends x-acquired-count
+                count, by_itself = headers.get("x-delivery-count", 0), "x-acquired-count" in headers
+                delay = min(max(count, 1), 5) if method.redelivered and not by_itself else 0.2
+                held[tag] = time.monotonic() + delay, count
         for tag in handled if held else handled[-1:]:
             channel.basic_ack(delivery_tag=tag, multiple=not held)  # if none is held, the last one is for all before it
-        for tag in sorted(held, key=held.__getitem__):
-            if held[tag] > now:  # not due
-                if not crowded or 2 * len(held) <= self.options.prefetch or not self.early_retries:
-                    break
-                self.early_retries -= 1
-            channel.basic_reject(delivery_tag=tag, requeue=True)
-            del held[tag]
+
+    def give_back(self, channel: BlockingChannel, held: dict[int, Any]) -> None:
+        """Return to the queue what is due; and, while others succeed, what takes up more than half of the prefetch.
+
+        Before RabbitMQ 4.3, that comes again at once. When all messages begin to fail, each is returned early eight times
+        and then waits: it has twelve tries left, for a minute. What was returned more often failed while others succeeded.
+        """
+        now, limit = time.monotonic(), 8 * (len(held) if self.options.prefetch > 3 else 10)
+        for tag, (due, count) in sorted(held.items(), key=lambda item: item[1]):
+            crowded = 2 * len(held) > self.options.prefetch and now < self.last_success + 1
+            if due <= now or (crowded and (self.failures_in_a_row <= limit or count > 8)):
+                channel.basic_reject(delivery_tag=tag, requeue=True)
+                del held[tag]
 
 
 def is_drained(channel: BlockingChannel, queue: str, waiting: list[Any]) -> bool:

@@ -29,34 +29,34 @@ from pika.exceptions import AMQPChannelError, AMQPConnectionError, AMQPError, Ch
 
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
-TIMEOUT = 60  # seconds without a confirmation after which to give up; float("inf") for a service that must not
-BATCH_SIZE = 2000  # lines that are sent before their confirmations are waited for; more take more memory
+TIMEOUT = 60  # seconds without a confirmation after which to give up; float("inf"): never
+BATCH_SIZE = 2000  # lines that are sent before their confirmations are waited for; a larger batch takes more memory
 QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
     "x-delivery-limit": 20,  # how often a message that failed is delivered again before it moves to NAME.dead
     "x-delayed-retry-type": "failed",  # RabbitMQ 4.3 and later wait before they deliver it again
-    "x-delayed-retry-min": 10_000,  # ms, times how often it has failed
+    "x-delayed-retry-min": 10_000,  # ms, multiplied by the number of failures
     "x-delayed-retry-max": 300_000,  # ms
     "x-dead-letter-exchange": "",
     "x-dead-letter-strategy": "at-least-once",  # https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
     "x-overflow": "reject-publish",  # is required by at-least-once
 }
-DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}  # RabbitMQ 4 drops after 20 by default
+DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}  # RabbitMQ 4 has 20, and then drops
 
-# QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and from here to the class, all is the same in producer.py and consumer.py.
+# QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and from here to the class, the text is the same in producer.py and consumer.py.
 log = logging.getLogger(__name__)
-ERRORS = (AMQPError, AMQPConnectorException, OSError)  # all that the broker and the network cause
+ERRORS = (AMQPError, AMQPConnectorException, OSError)  # whatever the broker or the network can cause
 OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # those after which to connect again
-# But not if the error says one of these. Connection limits and "NOT_FOUND - home node" are temporary: not listed.
+# But not if the error says one of these. A limit of connections and "NOT_FOUND - home node" are temporary.
 FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILED|RESOURCE_LOCKED|CERTIFICATE_VERIFY"
 
 
 def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
-    """Connect to the first URL, within half of --timeout, so that there is time for the next one."""
+    """Connect to the first URL, in half of --timeout at most, so that there is time for the next one."""
     parameters, left = copy.copy(options.urls[0]), last_progress + options.timeout - time.monotonic()
     limit = max(1, min(options.timeout / 2, left, 30))  # 30, because --timeout may be infinite
     parameters.stack_timeout = min(parameters.stack_timeout, limit)
-    # pika's time limits do not hold while the broker takes no data; this one of Linux does.
+    # pika's own time limits do not end the wait for a broker that reads nothing. This one, of the Linux kernel, does.
     parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * limit), **(parameters.tcp_options or {})}
     name = f"{os.path.basename(sys.argv[0])} on {os.uname().nodename}, process {os.getpid()}"
     parameters.client_properties = {"connection_name": name, **(parameters.client_properties or {})}
@@ -66,7 +66,7 @@ def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingC
 def declare(connection: pika.BlockingConnection, options: argparse.Namespace) -> BlockingChannel:
     """Declare the exchange and the queue that the options name; return an open channel."""
     channel, exchange, kind, queue = connection.channel(), options.exchange, options.type, options.queue
-    if exchange:  # a passive declaration asks whether it exists, of whatever type
+    if exchange:  # without --type, a passive declaration asks whether it exists, whatever its type
         channel.exchange_declare(exchange=exchange, exchange_type=kind or "direct", durable=True, passive=not kind)
     if queue and not queue.endswith(".dead"):  # NAME.dead is declared together with NAME
         arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{queue}.dead"}
@@ -74,7 +74,7 @@ def declare(connection: pika.BlockingConnection, options: argparse.Namespace) ->
             channel.queue_declare(queue=queue, durable=True, arguments=arguments)
             channel.queue_declare(queue=f"{queue}.dead", durable=True, arguments=DEAD_QUEUE_ARGUMENTS)
         except ChannelClosedByBroker as error:
-            if error.reply_code not in (403, 406):  # no right to configure; other settings
+            if error.reply_code not in (403, 406):  # 403: no right to configure it; 406: it has other arguments
                 raise
             log.warning("warning: the queue is used as it is: %s", error.reply_text)
             channel = connection.channel()
@@ -120,7 +120,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     options = parser.parse_args(argv)
     if "" in (options.queue, options.exchange):
         parser.error("-q and -e: expected a name")
-    if options.queue and len(os.fsencode(options.queue)) > 255 - 5 * (not options.queue.endswith(".dead")):
+    if len(os.fsencode(re.sub(r"\.dead$", "", options.queue or ""))) > 250:
         parser.error("-q: the name, or NAME.dead, is longer than AMQP's 255 bytes")
     if not all("=" in text for text in options.header):
         parser.error("-H: expected KEY=VALUE")
@@ -128,7 +128,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
 
 
 class Producer:
-    """Publishes over one connection, which it renews when it breaks. Each thread and each process needs its own."""
+    """Publishes over one connection, which it renews when it breaks. Each thread and each process needs a Producer."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -137,11 +137,13 @@ class Producer:
         self.connection: pika.BlockingConnection | None = None
 
     def publish(self, bodies: Sequence[bytes], routing_key: str | None = None, **properties: Any) -> int:
-        """Publish the messages, some thousand at most; return how many were unroutable. The others are safe.
+        """Publish the messages, a few thousand at most; return how many were unroutable. The others are safe.
 
         The routing key and the properties (those of pika.BasicProperties) are for all of them. Raises one of ERRORS if
-        the error is FINAL, or nothing is confirmed for --timeout; some of the messages may be stored then, too.
+        the error is FINAL, or nothing is confirmed for --timeout; some of the messages may be stored all the same.
         """
+        if isinstance(bodies, (bytes, str)):
+            raise TypeError("expected a list of messages, not one")
         if "message_id" in properties and len(bodies) > 1:
             raise ValueError("a message_id is for one message only")
         exchange, key = self.options.exchange or "", self.options.routing_key if routing_key is None else routing_key
@@ -182,7 +184,8 @@ class Producer:
     def send(self) -> None:
         """Send all that is not confirmed (after an outage: again, on a new channel), numbered as the broker does."""
         messages = [*self.unconfirmed.values(), *self.unsent]
-        self.unconfirmed, self.unsent = dict(enumerate(messages, start=self.delivery_tag + 1)), []
+        self.unsent = []
+        self.unconfirmed = dict(enumerate(messages, start=self.delivery_tag + 1))  # before any is sent: that may fail
         self.delivery_tag += len(messages)
         for message in messages:
             self.unroutable.discard(message["properties"].message_id)  # it may find a queue this time
@@ -190,12 +193,12 @@ class Producer:
             self.channel.basic_publish(**message, mandatory=True)
 
     def wait(self, connection: pika.BlockingConnection) -> None:
-        """Return when all is confirmed. Raises an outage if it has to be sent again, AMQPError if it is too late."""
-        began = time.monotonic()  # the last try may begin only when --timeout is over; it still gets one second
+        """Return when all is confirmed. Raises one of OUTAGES if the rest has to be sent again, AMQPError if it is late."""
+        began = time.monotonic()
         while self.unconfirmed and self.channel.is_open:
+            # A try that begins when --timeout is almost over still has one second.
             left = max(self.last_progress + self.options.timeout, began + 1) - time.monotonic()
-            if left <= 0:
-                # None of OUTAGES: it is too late for another try.
+            if left <= 0:  # AMQPError is none of OUTAGES, so this ends `publish`
                 raise AMQPError(f"nothing was confirmed for {self.options.timeout:g} s")
             if time.monotonic() - max(self.last_progress, began) >= 5:
                 log.warning("waiting for confirmations: is the broker short of memory, disk, or cluster nodes?")
@@ -204,7 +207,7 @@ class Producer:
             raise self.errors[0]
 
     def on_confirm(self, frame: Any) -> None:
-        """The broker has taken, or rejected, the message with this delivery tag, or all up to it."""
+        """The broker has taken, or rejected, the message with this tag, or all up to it. `wait` has the rejected resent."""
         last = frame.method.delivery_tag
         tags = [tag for tag in self.unconfirmed if tag <= last] if frame.method.multiple else [last]
         messages = [self.unconfirmed.pop(tag) for tag in tags]
@@ -214,7 +217,7 @@ class Producer:
             self.unsent += messages
             self.errors.append(AMQPChannelError("messages were rejected: is the queue full?"))
         if self.connection and not self.unconfirmed:
-            self.connection.call_later(0, lambda: None)  # wakes `wait`: a timer does, a confirmation does not
+            self.connection.call_later(0, lambda: None)  # process_data_events returns for it, not for a confirmation
 
     def close(self) -> None:
         """Close the connection. The next `publish` opens another."""
@@ -225,7 +228,7 @@ class Producer:
 
 
 def read_lines() -> Iterator[list[bytes]]:
-    """The lines of standard input; those that end in one read come together, up to BATCH_SIZE."""
+    """The lines of standard input, in batches: those that end in one read, up to BATCH_SIZE."""
     rest = bytearray()  # of a line that has not ended
     try:
         for data in iter(lambda: os.read(0, 2**20), b""):

@@ -71,6 +71,8 @@ def test_a_program_publishes_with_keys_and_properties(run: Run, publisher: Any, 
     assert publisher.publish([b"four"], message_id="order-4", headers={"n": 4}) == 0
     with pytest.raises(ValueError):
         publisher.publish([b"five", b"six"], message_id="only one of them would be counted as unroutable")
+    with pytest.raises(TypeError):
+        publisher.publish("seven")  # which would be five messages
 
     *others, last = (json.loads(line) for line in run("consumer", "-q", queue, "--drain", handle=FULL).bodies)
 
