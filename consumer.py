@@ -3,8 +3,8 @@
     python consumer.py                      write each message to standard output, one a line
     python consumer.py --drain > messages   the same, until the queue has nothing to give
 
-Guaranteed, but for private queues (-e without -q): a message is acknowledged after `handle` returned. One that fails
-waits for another try, while others are handled, and ends in NAME.dead. Not guaranteed: that it is delivered only once.
+Guaranteed: a message is acknowledged only after `handle` has returned. One that fails is tried again, while others are
+handled, and ends in NAME.dead (but for queues that are private, or declared elsewhere). It may be delivered twice.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from pika.exceptions import AMQPChannelError, AMQPConnectionError, AMQPError, Ch
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
 TIMEOUT = float("inf")  # seconds without a connection after which to give up
-PREFETCH = 10  # messages taken in advance: 1 for jobs of minutes, 100 to 300 for the highest rate
+PREFETCH = 10  # messages taken in advance: 1 for jobs that take minutes, 100 to 300 for the highest rate
 QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
-    "x-delivery-limit": 20,  # how often a message that failed is delivered again before it moves to NAME.dead
+    "x-delivery-limit": 20,  # redeliveries of a message that fails, before it moves to NAME.dead
     "x-delayed-retry-type": "failed",  # RabbitMQ 4.3 and later wait before they deliver it again
     "x-delayed-retry-min": 10_000,  # ms, multiplied by the number of failures
     "x-delayed-retry-max": 300_000,  # ms
     "x-dead-letter-exchange": "",
     "x-dead-letter-strategy": "at-least-once",  # https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
-    "x-overflow": "reject-publish",  # is required by at-least-once
+    "x-overflow": "reject-publish",  # required by at-least-once
 }
-DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}  # RabbitMQ 4 has 20, and then drops
+DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}  # RabbitMQ 4 drops after 20 by default
 
 
 class Reject(Exception):
@@ -61,17 +61,17 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
 # QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and from here to the class, the text is the same in producer.py and consumer.py.
 log = logging.getLogger(__name__)
 ERRORS = (AMQPError, AMQPConnectorException, OSError)  # whatever the broker or the network can cause
-OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # those after which to connect again
-# But not if the error says one of these. A limit of connections and "NOT_FOUND - home node" are temporary.
+OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # reconnect after one of these
+# But not if the text matches this. A connection limit and "NOT_FOUND - home node" are temporary, and do not match.
 FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILED|RESOURCE_LOCKED|CERTIFICATE_VERIFY"
 
 
 def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
-    """Connect to the first URL, in half of --timeout at most, so that there is time for the next one."""
+    """Connect to the first URL. It takes half of --timeout at most, so that there is time for the next one."""
     parameters, left = copy.copy(options.urls[0]), last_progress + options.timeout - time.monotonic()
     limit = max(1, min(options.timeout / 2, left, 30))  # 30, because --timeout may be infinite
     parameters.stack_timeout = min(parameters.stack_timeout, limit)
-    # pika's own time limits do not end the wait for a broker that reads nothing. This one, of the Linux kernel, does.
+    # pika's own time limits do not cover a broker that has stopped reading. This one, of the Linux kernel, does.
     parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * limit), **(parameters.tcp_options or {})}
     name = f"{os.path.basename(sys.argv[0])} on {os.uname().nodename}, process {os.getpid()}"
     parameters.client_properties = {"connection_name": name, **(parameters.client_properties or {})}
@@ -128,7 +128,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     add("--url", dest="urls", type=parse_urls, default=os.environ.get("AMQP_URL") or URL, help="URL[,URL]; or AMQP_URL")
     add("-q", "--queue", metavar="NAME", help=f"default without -e: {QUEUE}")
     add("-e", "--exchange", metavar="NAME", help="must exist, unless -t is given")
-    add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange, of this type")
+    add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange with this type")
     add("-H", "--header", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
     add("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="without progress; default: %(default)g")
     add("-v", "--verbose", action="store_true", help="more on stderr")
@@ -143,7 +143,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
 
 
 class Consumer:
-    """Has `handle` work in a thread of its own, and serves the connection meanwhile."""
+    """Runs `handle` in a thread of its own, and serves the connection meanwhile."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.remaining, self.worker = options, options.count, futures.ThreadPoolExecutor(max_workers=1)
@@ -170,10 +170,10 @@ class Consumer:
             raise self.ended_by
 
     def consume(self, channel: BlockingChannel) -> None:
-        """Have messages handled until told to stop, then give back the others."""
+        """Have messages handled until told to stop; then give back the rest."""
         connection, queue = channel.connection, bind(channel, self.options)
-        waiting: list[Any] = []  # method, properties and body of each message that has come and is to be handled
-        held: dict[int, Any] = {}  # of each message that failed: when it is due, and how often it was returned, by tag
+        waiting: list[Any] = []  # method, properties and body of each message that is to be handled
+        held: dict[int, Any] = {}  # delivery tags of what failed: when it is due, and how often it was returned
         channel.basic_qos(prefetch_count=min(self.options.prefetch, self.options.count))
         tag = channel.basic_consume(queue=queue, on_message_callback=lambda _, *delivery: waiting.append(delivery))
         try:
@@ -188,19 +188,19 @@ class Consumer:
                 self.settle(channel, held, *future.result())
                 if self.options.drain and not waiting and is_drained(channel, queue, waiting):
                     self.stopping = True
-            connection.sleep(0.1)  # take what is on its way, because basic_cancel rejects it, which is a failed try
+            connection.sleep(0.1)  # take what is in flight: basic_cancel would reject it, which counts as a failure
             channel.basic_cancel(consumer_tag=tag)
             for delivery_tag in held:
                 channel.basic_reject(delivery_tag=delivery_tag, requeue=True)
-            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # others; since 4.3, this is no failure
+            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # the rest: from 4.3 on, no failure
         finally:
             waiting.clear()  # so that a worker which is still busy, after an outage, stops after the message in hand
             self.last_progress = time.monotonic()
 
     def fetch(self, connection: pika.BlockingConnection, waiting: list[Any]) -> None:
-        """Take messages until more than half the prefetch is waiting, or no more comes (within 0.2 s for the first)."""
+        """Take messages until more than half the prefetch is waiting, or no more come (in 0.2 s, if none is waiting)."""
         before = -1
-        while before < len(waiting) <= self.options.prefetch // 2:  # as long as it has grown
+        while before < len(waiting) <= self.options.prefetch // 2:  # the last round has brought some
             before = len(waiting)
             connection.process_data_events(time_limit=0 if waiting else 0.2)
 
@@ -208,7 +208,7 @@ class Consumer:
         """Handle messages; return the delivery tags of the handled, and method, properties and error of the failed."""
         handled: list[int] = []
         failed: list[Any] = []
-        end, enough = time.monotonic() + 0.1, self.options.prefetch / 2  # because what is handled is acknowledged later
+        end, enough = time.monotonic() + 0.1, self.options.prefetch / 2  # then stop, to have these acknowledged
         while waiting and self.remaining and not self.stopping and len(handled) < enough and time.monotonic() < end:
             method, properties, body = waiting.pop(0)
             if self.options.verbose:
@@ -221,7 +221,7 @@ class Consumer:
                 self.last_success, self.failures_in_a_row = time.monotonic(), 0
             except SystemExit as error:
                 self.ended_by, self.stopping = error, True
-            except BaseException as error:  # asyncio.CancelledError is no Exception
+            except BaseException as error:  # asyncio.CancelledError is not an Exception
                 log.error("error: message %r: %.300r", properties.message_id, error, exc_info=self.options.verbose)
                 failed.append((method, properties, error))
                 self.failures_in_a_row += 1
@@ -241,14 +241,14 @@ class Consumer:
                 count, by_itself = headers.get("x-delivery-count", 0), "x-acquired-count" in headers
                 delay = min(max(count, 1), 5) if method.redelivered and not by_itself else 0.2
                 held[tag] = time.monotonic() + delay, count
-        for tag in handled if held else handled[-1:]:
-            channel.basic_ack(delivery_tag=tag, multiple=not held)  # if none is held, the last one is for all before it
+        for tag in handled if held else handled[-1:]:  # if none is held, the last acknowledges all before it, too
+            channel.basic_ack(delivery_tag=tag, multiple=not held)
 
     def give_back(self, channel: BlockingChannel, held: dict[int, Any]) -> None:
-        """Return to the queue what is due; and, while others succeed, what takes up more than half of the prefetch.
+        """Return what is due to the queue. While others succeed, also return early what fills over half of the prefetch.
 
-        Before RabbitMQ 4.3, that comes again at once. When all messages begin to fail, each is returned early eight times
-        and then waits: it has twelve tries left, for a minute. What was returned more often failed while others succeeded.
+        Before RabbitMQ 4.3, a returned message comes back at once. If all start to fail, each is returned early about eight
+        times, which leaves it twelve tries for a minute. A higher count shows that others succeeded while it failed.
         """
         now, limit = time.monotonic(), 8 * (len(held) if self.options.prefetch > 3 else 10)
         for tag, (due, count) in sorted(held.items(), key=lambda item: item[1]):
@@ -259,7 +259,7 @@ class Consumer:
 
 
 def is_drained(channel: BlockingChannel, queue: str, waiting: list[Any]) -> bool:
-    """Whether no message is in the queue, nor on its way. The first answer can overtake messages, the second cannot."""
+    """Whether no message is in the queue or on its way. Asked twice, because the first answer can overtake messages."""
     ready = [channel.queue_declare(queue=queue, passive=True).method.message_count for _ in range(2)]
     channel.connection.process_data_events()
     return not any(ready) and not waiting
@@ -278,7 +278,7 @@ def bind(channel: BlockingChannel, options: argparse.Namespace) -> str:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-r", "--routing-key", action="append", metavar="KEY", help="of the binding; repeatable")
-    parser.add_argument("--match", choices=["all", "any"], default="all", help="how many of the headers; default: all")
+    parser.add_argument("--match", choices=["all", "any"], default="all", help="how many must match; default: all")
     parser.add_argument("-c", "--count", type=int, default=float("inf"), metavar="N", help="stop after N messages")
     parser.add_argument("--drain", action="store_true", help="stop when the queue is empty")
     parser.add_argument("--prefetch", type=int, default=PREFETCH, metavar="N", help="default: %(default)s")
@@ -296,7 +296,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     consumer = Consumer(parse(argv))
     old = {number: signal.signal(number, consumer.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    os.register_at_fork(after_in_child=lambda: [signal.signal(*item) for item in old.items()])  # SIGTERM ends forks
+    os.register_at_fork(after_in_child=lambda: [signal.signal(*item) for item in old.items()])  # so SIGTERM ends forks
     try:
         consumer.run()
         return 0
@@ -311,5 +311,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     logging.basicConfig(format=f"{os.path.basename(__file__)}: %(message)s", level=logging.INFO)
-    logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # it has seven errors for one refused connection
+    logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # it logs seven errors for one refused connection
     sys.exit(main())

@@ -33,30 +33,30 @@ TIMEOUT = 60  # seconds without a confirmation after which to give up; float("in
 BATCH_SIZE = 2000  # lines that are sent before their confirmations are waited for; a larger batch takes more memory
 QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
-    "x-delivery-limit": 20,  # how often a message that failed is delivered again before it moves to NAME.dead
+    "x-delivery-limit": 20,  # redeliveries of a message that fails, before it moves to NAME.dead
     "x-delayed-retry-type": "failed",  # RabbitMQ 4.3 and later wait before they deliver it again
     "x-delayed-retry-min": 10_000,  # ms, multiplied by the number of failures
     "x-delayed-retry-max": 300_000,  # ms
     "x-dead-letter-exchange": "",
     "x-dead-letter-strategy": "at-least-once",  # https://www.rabbitmq.com/docs/quorum-queues#dead-lettering
-    "x-overflow": "reject-publish",  # is required by at-least-once
+    "x-overflow": "reject-publish",  # required by at-least-once
 }
-DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}  # RabbitMQ 4 has 20, and then drops
+DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}  # RabbitMQ 4 drops after 20 by default
 
 # QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and from here to the class, the text is the same in producer.py and consumer.py.
 log = logging.getLogger(__name__)
 ERRORS = (AMQPError, AMQPConnectorException, OSError)  # whatever the broker or the network can cause
-OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # those after which to connect again
-# But not if the error says one of these. A limit of connections and "NOT_FOUND - home node" are temporary.
+OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # reconnect after one of these
+# But not if the text matches this. A connection limit and "NOT_FOUND - home node" are temporary, and do not match.
 FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILED|RESOURCE_LOCKED|CERTIFICATE_VERIFY"
 
 
 def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
-    """Connect to the first URL, in half of --timeout at most, so that there is time for the next one."""
+    """Connect to the first URL. It takes half of --timeout at most, so that there is time for the next one."""
     parameters, left = copy.copy(options.urls[0]), last_progress + options.timeout - time.monotonic()
     limit = max(1, min(options.timeout / 2, left, 30))  # 30, because --timeout may be infinite
     parameters.stack_timeout = min(parameters.stack_timeout, limit)
-    # pika's own time limits do not end the wait for a broker that reads nothing. This one, of the Linux kernel, does.
+    # pika's own time limits do not cover a broker that has stopped reading. This one, of the Linux kernel, does.
     parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * limit), **(parameters.tcp_options or {})}
     name = f"{os.path.basename(sys.argv[0])} on {os.uname().nodename}, process {os.getpid()}"
     parameters.client_properties = {"connection_name": name, **(parameters.client_properties or {})}
@@ -113,7 +113,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
     add("--url", dest="urls", type=parse_urls, default=os.environ.get("AMQP_URL") or URL, help="URL[,URL]; or AMQP_URL")
     add("-q", "--queue", metavar="NAME", help=f"default without -e: {QUEUE}")
     add("-e", "--exchange", metavar="NAME", help="must exist, unless -t is given")
-    add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange, of this type")
+    add("-t", "--type", choices=["direct", "fanout", "topic", "headers"], help="declare the exchange with this type")
     add("-H", "--header", action="append", default=[], metavar="KEY=VALUE", help="repeatable")
     add("--timeout", type=float, default=TIMEOUT, metavar="SECONDS", help="without progress; default: %(default)g")
     add("-v", "--verbose", action="store_true", help="more on stderr")
@@ -290,6 +290,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     logging.basicConfig(format=f"{os.path.basename(__file__)}: %(message)s", level=logging.INFO)
-    logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # it has seven errors for one refused connection
+    logging.getLogger("pika").setLevel(logging.CRITICAL + 1)  # it logs seven errors for one refused connection
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM does what Ctrl-C does
     sys.exit(main())
