@@ -58,7 +58,7 @@ def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, bo
         sys.exit(0 if isinstance(error, BrokenPipeError) else f"error: standard output: {error.strerror}")
 
 
-# QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and from here to the class, the text is the same in producer.py and consumer.py.
+# Both files share QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and everything from here down to the class.
 log = logging.getLogger(__name__)
 ERRORS = (AMQPError, AMQPConnectorException, OSError)  # whatever the broker or the network can cause
 OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # reconnect after one of these
@@ -69,8 +69,8 @@ FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILE
 def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
     """Connect to the first URL. It takes half of --timeout at most, so that there is time for the next one."""
     parameters, left = copy.copy(options.urls[0]), last_progress + options.timeout - time.monotonic()
-    limit = max(1, min(options.timeout / 2, left, 30))  # 30, because --timeout may be infinite
-    parameters.stack_timeout = min(parameters.stack_timeout, limit)
+    limit = max(1, min(options.timeout / 2, 30))  # 30, because --timeout may be infinite
+    parameters.stack_timeout = min(parameters.stack_timeout, limit, max(1, left))
     # pika's own time limits do not cover a broker that has stopped reading. This one, of the Linux kernel, does.
     parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * limit), **(parameters.tcp_options or {})}
     name = f"{os.path.basename(sys.argv[0])} on {os.uname().nodename}, process {os.getpid()}"
@@ -81,7 +81,7 @@ def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingC
 def declare(connection: pika.BlockingConnection, options: argparse.Namespace) -> BlockingChannel:
     """Declare the exchange and the queue that the options name; return an open channel."""
     channel, exchange, kind, queue = connection.channel(), options.exchange, options.type, options.queue
-    if exchange:  # without --type, a passive declaration asks whether it exists, whatever its type
+    if exchange:  # without --type, only check that it exists: a passive declaration ignores the type
         channel.exchange_declare(exchange=exchange, exchange_type=kind or "direct", durable=True, passive=not kind)
     if queue and not queue.endswith(".dead"):  # NAME.dead is declared together with NAME
         arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{queue}.dead"}
@@ -104,7 +104,7 @@ def describe(error: BaseException, options: argparse.Namespace) -> str:
 
 
 def raise_or_delay(error: Exception, last_progress: float, options: argparse.Namespace) -> float:
-    """Raise the error if it is final, or --timeout is over; else log it, and return the seconds to the next try."""
+    """Raise the error if it is final, or --timeout is over; else log it, and return the seconds until the next try."""
     text, lasted = describe(error, options), time.monotonic() - last_progress
     if re.search(FINAL, text) or lasted >= options.timeout:
         raise error

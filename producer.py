@@ -30,7 +30,7 @@ from pika.exceptions import AMQPChannelError, AMQPConnectionError, AMQPError, Ch
 URL = "amqp://guest:guest@localhost:5672/%2F"
 QUEUE = "hello"
 TIMEOUT = 60  # seconds without a confirmation after which to give up; float("inf"): never
-BATCH_SIZE = 2000  # lines that are sent before their confirmations are waited for; a larger batch takes more memory
+BATCH_SIZE = 2000  # lines to send before waiting for their confirmations; a larger batch takes more memory
 QUEUE_ARGUMENTS = {
     "x-queue-type": "quorum",
     "x-delivery-limit": 20,  # redeliveries of a message that fails, before it moves to NAME.dead
@@ -43,7 +43,7 @@ QUEUE_ARGUMENTS = {
 }
 DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}  # RabbitMQ 4 drops after 20 by default
 
-# QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and from here to the class, the text is the same in producer.py and consumer.py.
+# Both files share QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and everything from here down to the class.
 log = logging.getLogger(__name__)
 ERRORS = (AMQPError, AMQPConnectorException, OSError)  # whatever the broker or the network can cause
 OUTAGES = (AMQPConnectionError, AMQPChannelError, AMQPConnectorException, OSError)  # reconnect after one of these
@@ -54,8 +54,8 @@ FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILE
 def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
     """Connect to the first URL. It takes half of --timeout at most, so that there is time for the next one."""
     parameters, left = copy.copy(options.urls[0]), last_progress + options.timeout - time.monotonic()
-    limit = max(1, min(options.timeout / 2, left, 30))  # 30, because --timeout may be infinite
-    parameters.stack_timeout = min(parameters.stack_timeout, limit)
+    limit = max(1, min(options.timeout / 2, 30))  # 30, because --timeout may be infinite
+    parameters.stack_timeout = min(parameters.stack_timeout, limit, max(1, left))
     # pika's own time limits do not cover a broker that has stopped reading. This one, of the Linux kernel, does.
     parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * limit), **(parameters.tcp_options or {})}
     name = f"{os.path.basename(sys.argv[0])} on {os.uname().nodename}, process {os.getpid()}"
@@ -66,7 +66,7 @@ def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingC
 def declare(connection: pika.BlockingConnection, options: argparse.Namespace) -> BlockingChannel:
     """Declare the exchange and the queue that the options name; return an open channel."""
     channel, exchange, kind, queue = connection.channel(), options.exchange, options.type, options.queue
-    if exchange:  # without --type, a passive declaration asks whether it exists, whatever its type
+    if exchange:  # without --type, only check that it exists: a passive declaration ignores the type
         channel.exchange_declare(exchange=exchange, exchange_type=kind or "direct", durable=True, passive=not kind)
     if queue and not queue.endswith(".dead"):  # NAME.dead is declared together with NAME
         arguments = {**QUEUE_ARGUMENTS, "x-dead-letter-routing-key": f"{queue}.dead"}
@@ -89,7 +89,7 @@ def describe(error: BaseException, options: argparse.Namespace) -> str:
 
 
 def raise_or_delay(error: Exception, last_progress: float, options: argparse.Namespace) -> float:
-    """Raise the error if it is final, or --timeout is over; else log it, and return the seconds to the next try."""
+    """Raise the error if it is final, or --timeout is over; else log it, and return the seconds until the next try."""
     text, lasted = describe(error, options), time.monotonic() - last_progress
     if re.search(FINAL, text) or lasted >= options.timeout:
         raise error
@@ -128,7 +128,7 @@ def parse_options(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -
 
 
 class Producer:
-    """Publishes over one connection, which it renews when it breaks. Each thread and each process needs a Producer."""
+    """Publishes over one connection, which it renews when it breaks. Each thread and each process needs its own."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -139,7 +139,7 @@ class Producer:
     def publish(self, bodies: Sequence[bytes], routing_key: str | None = None, **properties: Any) -> int:
         """Publish the messages, a few thousand at most; return how many were unroutable. The others are safe.
 
-        The routing key and the properties (those of pika.BasicProperties) are for all of them. Raises one of ERRORS if
+        The routing key and the properties (those of pika.BasicProperties) apply to all of them. Raises one of ERRORS if
         the error is FINAL, or nothing is confirmed for --timeout; some of the messages may be stored all the same.
         """
         if isinstance(bodies, (bytes, str)):
@@ -172,20 +172,20 @@ class Producer:
     def open(self) -> pika.BlockingConnection:
         """Connect, and declare what is needed."""
         self.connection = connection = connect(self.last_progress, self.options)
-        # The pika.channel.Channel inside, which is private: its basic_publish does not wait for each confirmation.
+        # BlockingChannel.basic_publish waits for each confirmation; that of the private channel inside it does not.
         self.channel = channel = declare(connection, self.options)._impl
         channel.confirm_delivery(ack_nack_callback=self.on_confirm)
         channel.add_on_return_callback(lambda _, method, properties, body: self.unroutable.add(properties.message_id))
-        channel.add_on_close_callback(lambda _, reason: self.errors.append(reason))
         self.errors: list[Exception] = []
+        channel.add_on_close_callback(lambda _, reason: self.errors.append(reason))
         self.delivery_tag = 0  # of the last message that was sent on this channel
         return connection
 
     def send(self) -> None:
-        """Send all that is not confirmed (after an outage: again, on a new channel), numbered as the broker does."""
+        """Send all that is not confirmed (after an outage: again, on a new channel), numbering them as the broker does."""
         messages = [*self.unconfirmed.values(), *self.unsent]
         self.unsent = []
-        self.unconfirmed = dict(enumerate(messages, start=self.delivery_tag + 1))  # before any is sent: that may fail
+        self.unconfirmed = dict(enumerate(messages, start=self.delivery_tag + 1))  # now, as sending may fail halfway
         self.delivery_tag += len(messages)
         for message in messages:
             self.unroutable.discard(message["properties"].message_id)  # it may find a queue this time
@@ -193,12 +193,12 @@ class Producer:
             self.channel.basic_publish(**message, mandatory=True)
 
     def wait(self, connection: pika.BlockingConnection) -> None:
-        """Return when all is confirmed. Raises one of OUTAGES if the rest has to be sent again, AMQPError if it is late."""
+        """Return when all is confirmed. Raises one of OUTAGES if the rest has to be sent again, AMQPError after --timeout."""
         began = time.monotonic()
         while self.unconfirmed and self.channel.is_open:
             # A try that begins when --timeout is almost over still has one second.
             left = max(self.last_progress + self.options.timeout, began + 1) - time.monotonic()
-            if left <= 0:  # AMQPError is none of OUTAGES, so this ends `publish`
+            if left <= 0:  # a plain AMQPError is not one of OUTAGES, so `publish` gives up
                 raise AMQPError(f"nothing was confirmed for {self.options.timeout:g} s")
             if time.monotonic() - max(self.last_progress, began) >= 5:
                 log.warning("waiting for confirmations: is the broker short of memory, disk, or cluster nodes?")
@@ -207,7 +207,7 @@ class Producer:
             raise self.errors[0]
 
     def on_confirm(self, frame: Any) -> None:
-        """The broker has taken, or rejected, the message with this tag, or all up to it. `wait` has the rejected resent."""
+        """Take note of an ack or a nack, of one message or of all up to its tag. After a nack, `wait` raises, to resend."""
         last = frame.method.delivery_tag
         tags = [tag for tag in self.unconfirmed if tag <= last] if frame.method.multiple else [last]
         messages = [self.unconfirmed.pop(tag) for tag in tags]
@@ -217,7 +217,7 @@ class Producer:
             self.unsent += messages
             self.errors.append(AMQPChannelError("messages were rejected: is the queue full?"))
         if self.connection and not self.unconfirmed:
-            self.connection.call_later(0, lambda: None)  # process_data_events returns for it, not for a confirmation
+            self.connection.call_later(0, lambda: None)  # ends process_data_events, which a confirmation does not
 
     def close(self) -> None:
         """Close the connection. The next `publish` opens another."""
@@ -228,7 +228,7 @@ class Producer:
 
 
 def read_lines() -> Iterator[list[bytes]]:
-    """The lines of standard input, in batches: those that end in one read, up to BATCH_SIZE."""
+    """Yield the lines of standard input as they come: those completed by one read, at most BATCH_SIZE at a time."""
     rest = bytearray()  # of a line that has not ended
     try:
         for data in iter(lambda: os.read(0, 2**20), b""):
@@ -253,7 +253,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if "-" in options.messages and len(options.messages) > 1:
         parser.error("- does not go with other messages")
     if options.exchange and options.queue:
-        parser.error("-q does not go with -e: its bindings decide on the queue")
+        parser.error("-q does not go with -e: the exchange's bindings select the queues")
     if not options.exchange and (options.type or options.routing_key):
         parser.error("-t and -r need -e")
     if not options.exchange and not options.queue and not options.messages:
@@ -268,12 +268,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.messages:
         log.error("error: nothing to publish: expected messages, or - for standard input")
         return 2
-    producer, published, unroutable = Producer(options), 0, 0
+    producer, published, unroutable, stdin = Producer(options), 0, 0, options.messages == ["-"]
     try:
-        for bodies in read_lines() if options.messages == ["-"] else [[os.fsencode(text) for text in options.messages]]:
+        for bodies in read_lines() if stdin else [[os.fsencode(text) for text in options.messages]]:
             unroutable += producer.publish(bodies)
             published += len(bodies)
-            if options.messages == ["-"] and os.isatty(2) and not os.isatty(0):
+            if stdin and os.isatty(2) and not os.isatty(0):
                 print(f"{published - unroutable} published", end="\r", file=sys.stderr, flush=True)
         producer.close()
     except (KeyboardInterrupt, Exception) as error:

@@ -11,7 +11,7 @@ from types import ModuleType
 def shared(path: Path) -> str:
     """The text that both scripts have, from the comment that says so to the first class after it."""
     text = path.read_text()
-    begin = text.index("# QUEUE_ARGUMENTS, DEAD_QUEUE_ARGUMENTS, and")
+    begin = text.index("# Both files share")
     return text[begin : text.index("\nclass ", begin)]
 
 

@@ -125,7 +125,7 @@ def test_the_start_works_as_shown(how: str, broker: Broker, environment: dict[st
 def make_worker(handle: str, path: Path) -> None:
     """A copy of consumer.py in which `handle` is another, as a reader makes it."""
     consumer = (ROOT / "consumer.py").read_text()
-    before, after = consumer.split("\ndef handle(")[0], consumer[consumer.index("# QUEUE_ARGUMENTS, DEAD") :]
+    before, after = consumer.split("\ndef handle(")[0], consumer[consumer.index("# Both files share") :]
     path.write_text(f"{before}\n{handle}\n\n{after}")
 
 
