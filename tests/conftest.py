@@ -261,6 +261,7 @@ def start(broker: Broker, paths: dict[str, Path], tmp_path: Path, python: str) -
         if script.process.poll() is None:
             script.process.kill()
             script.process.wait()
+        print(script.stderr)  # pytest shows it if the test has failed
 
 
 @pytest.fixture
