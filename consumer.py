@@ -45,7 +45,7 @@ DEAD_QUEUE_ARGUMENTS = {"x-queue-type": "quorum", "x-delivery-limit": 2**31 - 1}
 
 
 class Reject(Exception):
-    """Raised by `handle` for a message that can never be handled; it moves to NAME.dead at once."""
+    """Raised by `handle` for a message that can never be handled. It moves to NAME.dead; without one, it is dropped."""
 
 
 def handle(method: pika.spec.Basic.Deliver, properties: pika.BasicProperties, body: bytes) -> None:
@@ -67,9 +67,9 @@ FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILE
 
 
 def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
-    """Connect to the first URL. It takes half of --timeout at most, so that there is time for the next one."""
+    """Connect to the first URL. Each of its addresses takes half of --timeout at most, to leave time for the next."""
     parameters, left = copy.copy(options.urls[0]), last_progress + options.timeout - time.monotonic()
-    limit = max(1, min(options.timeout / 2, 30))  # 30, because --timeout may be infinite
+    limit = max(1, min(options.timeout / 2, 30))  # seconds; 30, because --timeout may be infinite
     parameters.stack_timeout = min(parameters.stack_timeout, limit, max(1, left))
     # pika's own time limits do not cover a broker that has stopped reading. This one, of the Linux kernel, does.
     parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * limit), **(parameters.tcp_options or {})}
@@ -183,7 +183,7 @@ class Consumer:
                 future = self.worker.submit(self.work, waiting)
                 while not futures.wait([future], timeout=0.1).done:
                     connection.process_data_events()
-                if not channel.consumer_tags:  # pika empties it when the broker cancels
+                if not channel.consumer_tags:  # pika empties it when the broker cancels, or closes the channel
                     raise ConsumerCancelled("consumer cancelled: queue deleted, or a message took longer than allowed")
                 self.settle(channel, held, *future.result())
                 if self.options.drain and not waiting and is_drained(channel, queue, waiting):
@@ -191,16 +191,16 @@ class Consumer:
             connection.sleep(0.1)  # take what is in flight: basic_cancel would reject it, which counts as a failure
             channel.basic_cancel(consumer_tag=tag)
             for delivery_tag in held:
-                channel.basic_reject(delivery_tag=delivery_tag, requeue=True)
-            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # the rest: from 4.3 on, no failure
+                channel.basic_reject(delivery_tag=delivery_tag, requeue=True)  # which counts as a failure
+            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # the rest: since 4.3, a nack is no failure
         finally:
-            waiting.clear()  # so that a worker which is still busy, after an outage, stops after the message in hand
+            waiting.clear()  # after an outage, the worker may still be busy: it stops after the message in hand
             self.last_progress = time.monotonic()
 
     def fetch(self, connection: pika.BlockingConnection, waiting: list[Any]) -> None:
         """Take messages until more than half the prefetch is waiting, or no more come (in 0.2 s, if none is waiting)."""
         before = -1
-        while before < len(waiting) <= self.options.prefetch // 2:  # the last round has brought some
+        while before < len(waiting) <= self.options.prefetch // 2:  # each round brings some
             before = len(waiting)
             connection.process_data_events(time_limit=0 if waiting else 0.2)
 
@@ -237,7 +237,7 @@ class Consumer:
                 channel.basic_reject(delivery_tag=tag, requeue=False)
                 if private:
                     log.error("error: message %r is dropped: a private queue has no NAME.dead", properties.message_id)
-            else:  # RabbitMQ 4.3, which delays by itself, sends x-acquired-count
+            else:  # tried again after 0.2 s, then after 1 to 5 s; where RabbitMQ 4.3 delays by itself, after 0.2 s
                 count, by_itself = headers.get("x-delivery-count", 0), "x-acquired-count" in headers
                 delay = min(max(count, 1), 5) if method.redelivered and not by_itself else 0.2
                 held[tag] = time.monotonic() + delay, count
@@ -247,19 +247,19 @@ class Consumer:
     def give_back(self, channel: BlockingChannel, held: dict[int, Any]) -> None:
         """Return what is due to the queue. While others succeed, also return early what fills over half of the prefetch.
 
-        Before RabbitMQ 4.3, a returned message comes back at once. If all start to fail, each is returned early about eight
-        times, which leaves it twelve tries for a minute. A higher count shows that others succeeded while it failed.
+        Before RabbitMQ 4.3, it comes back at once. If all start to fail, each is returned early about eight times, which
+        leaves it twelve tries for a minute. With a prefetch of 1 to 3, it may use up all of its tries within a second.
         """
-        now, limit = time.monotonic(), 8 * (len(held) if self.options.prefetch > 3 else 10)
+        now, limit = time.monotonic(), 8 * (len(held) if self.options.prefetch > 3 else 10)  # few places: never block
         for tag, (due, count) in sorted(held.items(), key=lambda item: item[1]):
             crowded = 2 * len(held) > self.options.prefetch and now < self.last_success + 1
-            if due <= now or (crowded and (self.failures_in_a_row <= limit or count > 8)):
+            if due <= now or (crowded and (self.failures_in_a_row <= limit or count > 8)):  # > 8: others succeeded
                 channel.basic_reject(delivery_tag=tag, requeue=True)
                 del held[tag]
 
 
 def is_drained(channel: BlockingChannel, queue: str, waiting: list[Any]) -> bool:
-    """Whether no message is in the queue or on its way. Asked twice, because the first answer can overtake messages."""
+    """Whether no message is ready or on its way. Asked twice, because the first answer can overtake messages."""
     ready = [channel.queue_declare(queue=queue, passive=True).method.message_count for _ in range(2)]
     channel.connection.process_data_events()
     return not any(ready) and not waiting
@@ -280,7 +280,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-r", "--routing-key", action="append", metavar="KEY", help="of the binding; repeatable")
     parser.add_argument("--match", choices=["all", "any"], default="all", help="how many must match; default: all")
     parser.add_argument("-c", "--count", type=int, default=float("inf"), metavar="N", help="stop after N messages")
-    parser.add_argument("--drain", action="store_true", help="stop when the queue is empty")
+    parser.add_argument("--drain", action="store_true", help="stop when nothing is left to handle")
     parser.add_argument("--prefetch", type=int, default=PREFETCH, metavar="N", help="default: %(default)s")
     options = parse_options(parser, argv)
     if not options.exchange and (options.type or options.routing_key or options.header):

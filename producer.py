@@ -52,9 +52,9 @@ FINAL = "ACCESS_REFUSED|NOT_ALLOWED(?!.*limit)|NOT_FOUND - no|PRECONDITION_FAILE
 
 
 def connect(last_progress: float, options: argparse.Namespace) -> pika.BlockingConnection:
-    """Connect to the first URL. It takes half of --timeout at most, so that there is time for the next one."""
+    """Connect to the first URL. Each of its addresses takes half of --timeout at most, to leave time for the next."""
     parameters, left = copy.copy(options.urls[0]), last_progress + options.timeout - time.monotonic()
-    limit = max(1, min(options.timeout / 2, 30))  # 30, because --timeout may be infinite
+    limit = max(1, min(options.timeout / 2, 30))  # seconds; 30, because --timeout may be infinite
     parameters.stack_timeout = min(parameters.stack_timeout, limit, max(1, left))
     # pika's own time limits do not cover a broker that has stopped reading. This one, of the Linux kernel, does.
     parameters.tcp_options = {"TCP_USER_TIMEOUT": int(1000 * limit), **(parameters.tcp_options or {})}
@@ -146,7 +146,7 @@ class Producer:
             raise TypeError("expected a list of messages, not one")
         if "message_id" in properties and len(bodies) > 1:
             raise ValueError("a message_id is for one message only")
-        exchange, key = self.options.exchange or "", self.options.routing_key if routing_key is None else routing_key
+        exchange, key = self.options.exchange or "", (self.options.routing_key if routing_key is None else routing_key)
         properties = {**self.properties, "timestamp": int(time.time()), **properties}
         self.unsent: list[dict[str, Any]] = []  # messages, as the arguments of basic_publish
         self.unconfirmed: dict[int, dict[str, Any]] = {}  # messages that were sent, by delivery tag
@@ -203,7 +203,7 @@ class Producer:
             if time.monotonic() - max(self.last_progress, began) >= 5:
                 log.warning("waiting for confirmations: is the broker short of memory, disk, or cluster nodes?")
             connection.process_data_events(time_limit=min(left, 5))
-        if self.errors:  # messages were rejected, or the channel was closed
+        if self.errors:  # the channel was closed; or all is answered, and `send` has to repeat what was rejected
             raise self.errors[0]
 
     def on_confirm(self, frame: Any) -> None:

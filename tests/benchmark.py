@@ -7,7 +7,6 @@ contestants take turns, in as many rounds as are asked for; a figure is the medi
 from __future__ import annotations
 
 import argparse
-import functools
 import os
 import platform
 import statistics
@@ -38,17 +37,16 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)
 
 
 class Benchmark:
-    def __init__(self, broker: Broker, rounds: int, directory: Path, others: Sequence[Path]) -> None:
+    def __init__(self, broker: Broker, rounds: int, directory: Path) -> None:
         self.url, self.rounds, self.directory = broker.url, rounds, directory
-        self.pairs = {"ours": ROOT, **{f"{path.name}'s": path for path in others}}
         self.environment = {**os.environ, "AMQP_URL": broker.url}
 
     def pika(self, name: str, queue: str, *arguments: object) -> Command:
         return [sys.executable, str(ROOT / "tests" / "baselines.py"), name, self.url, queue, *map(str, arguments)]
 
-    def script(self, pair: str, name: str, queue: str, *arguments: object) -> Command:
+    def script(self, name: str, queue: str, *arguments: object) -> Command:
         messages = [] if name == "consumer" or arguments else ["Hello World!"]
-        return [sys.executable, str(self.pairs[pair] / f"{name}.py"), "-q", queue, *map(str, arguments), *messages]
+        return [sys.executable, str(ROOT / f"{name}.py"), "-q", queue, *map(str, arguments), *messages]
 
     def lines(self, count: int, size: int) -> Path:
         """A file of so many numbered lines of so many bytes."""
@@ -84,37 +82,31 @@ class Benchmark:
             order.rotate()  # because the broker still tidies up after the one before
         return found
 
-    def against(self, ours: Callable[[str, str], Any], **others: Callable[[str], Any]) -> Figures:
-        """What `ours` returns for each version of the pair and a queue, and what the others do for a queue."""
-        names = {name: name.replace("__", ", ").replace("_", " ") for name in others}
-        versions = {pair: functools.partial(ours, pair) for pair in self.pairs}
-        return self.measure({**versions, **{names[name]: others[name] for name in others}})
-
     def publishing(self, count: int, size: int) -> Figures:
         """Messages a second. The one that waits for each confirmation publishes a tenth, because it takes so long."""
 
         def rate(count: int, command: Command) -> float:
             return count / self.seconds(command, stdin=self.lines(count, size))
 
-        return self.against(
-            lambda pair, queue: rate(count, self.script(pair, "producer", queue, "-")),
-            pika__unconfirmed=lambda queue: rate(count, self.pika("publish", queue)),
-            pika__each_message_confirmed=lambda queue: rate(count // 10, self.pika("publish_confirmed", queue)),
-        )
+        return self.measure({
+            "ours": lambda queue: rate(count, self.script("producer", queue, "-")),
+            "pika, unconfirmed": lambda queue: rate(count, self.pika("publish", queue)),
+            "pika, each message confirmed": lambda queue: rate(count // 10, self.pika("publish_confirmed", queue)),
+        })  # fmt: skip
 
     def consuming(self, count: int, size: int, prefetch: int) -> Figures:
         """Messages a second, of a queue that held them all before."""
 
         def rate(queue: str, command: Command) -> float:
-            self.seconds(self.script("ours", "producer", queue, "-"), stdin=self.lines(count, size))
+            self.seconds(self.script("producer", queue, "-"), stdin=self.lines(count, size))
             return count / self.seconds(command)
 
         arguments = "--prefetch", prefetch, "-c", count
-        return self.against(
-            lambda pair, queue: rate(queue, self.script(pair, "consumer", queue, *arguments)),
-            pika__acknowledged_automatically=lambda queue: rate(queue, self.pika("consume", queue, count, 0)),
-            pika__each_message_acknowledged=lambda queue: rate(queue, self.pika("consume", queue, count, prefetch)),
-        )
+        return self.measure({
+            "ours": lambda queue: rate(queue, self.script("consumer", queue, *arguments)),
+            "pika, acknowledged automatically": lambda queue: rate(queue, self.pika("consume", queue, count, 0)),
+            "pika, each message acknowledged": lambda queue: rate(queue, self.pika("consume", queue, count, prefetch)),
+        })  # fmt: skip
 
     def failing(self, count: int) -> Figures:
         """Messages that are handled each second, while each hundredth always fails, and while none does."""
@@ -131,7 +123,7 @@ def handle(method, properties, body):
     if handled == {good}:
         sys.exit()
 """)
-            self.seconds(self.script("ours", "producer", queue, "-"), stdin=self.lines(count, 100))
+            self.seconds(self.script("producer", queue, "-"), stdin=self.lines(count, 100))
             with_handle, consumer = str(ROOT / "tests" / "with_handle.py"), str(ROOT / "consumer.py")
             return good / self.seconds([sys.executable, with_handle, consumer, str(handle), "-q", queue])
 
@@ -144,10 +136,10 @@ def handle(method, properties, body):
             self.seconds(command)
             return 1000 * statistics.median(self.seconds(command) for _ in range(5))
 
-        return self.against(
-            lambda pair, queue: milliseconds(self.script(pair, "producer", queue)),
-            pika__the_shortest_script=lambda queue: milliseconds(self.pika("hello", queue)),
-        )
+        return self.measure({
+            "ours": lambda queue: milliseconds(self.script("producer", queue)),
+            "pika, the shortest script": lambda queue: milliseconds(self.pika("hello", queue)),
+        })  # fmt: skip
 
     def latency(self, count: int) -> Figures:
         """Median milliseconds from writing a line to the producer to reading it from the consumer, 100 lines a second."""
@@ -170,18 +162,18 @@ def handle(method, properties, body):
                 writer.stdin.close()
             return statistics.median(found)
 
-        return self.against(
-            lambda pair, queue: median(self.script(pair, "producer", queue, "-"), self.script(pair, "consumer", queue)),
-            pika__confirmed__a_callback=lambda queue: median(
+        return self.measure({
+            "ours": lambda queue: median(self.script("producer", queue, "-"), self.script("consumer", queue)),
+            "pika, confirmed, a callback": lambda queue: median(
                 self.pika("publish_confirmed", queue), self.pika("consume_callback", queue)
             ),
-        )
+        })  # fmt: skip
 
     def memory(self, count: int, size: int) -> Figures:
         """The most MB that each script has, for so many lines."""
         queue, found = f"benchmark-{uuid.uuid4().hex}", {}
         for name, arguments in {"producer": ["-"], "consumer": ["--drain", "--prefetch", "100"]}.items():
-            command = [sys.executable, "-c", MEMORY, *self.script("ours", name, queue, *arguments)]
+            command = [sys.executable, "-c", MEMORY, *self.script(name, queue, *arguments)]
             with self.lines(count, size).open("rb") as source:
                 done = subprocess.run(
                     command, stdin=source, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=self.environment
@@ -206,16 +198,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the messages, for a first idea")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: %(default)s")
     parser.add_argument("--broker", default="", metavar="docker|local|URL", help="default: docker, else local")
-    parser.add_argument(
-        "--beside", type=Path, nargs="*", default=[], metavar="DIR", help="of other versions of the pair"
-    )
     options = parser.parse_args()
     many, large = (10_000, 500) if options.quick else (100_000, 2000)
     broker = choose(options.broker)
     try:
         broker.start()
         with tempfile.TemporaryDirectory() as directory:
-            benchmark = Benchmark(broker, options.rounds, Path(directory), options.beside)
+            benchmark = Benchmark(broker, options.rounds, Path(directory))
             print("| what | who | median (lowest-highest) | ours to it |\n|---|---|---|---|")
             for count, size in (many, 100), (large, 100_000):
                 what = f"{count:,} of {size:,} bytes"
