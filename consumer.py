@@ -151,7 +151,7 @@ class Consumer:
         self.ended_by: BaseException | None = None  # what `handle` raised to end the program
 
     def stop(self, signal_number: int = 0, *_: Any) -> None:
-        """Stop after the message in hand; a second Ctrl-C ends the program at once."""
+        """Stop after the message in hand; Ctrl-C while stopping ends the program at once."""
         if self.stopping and signal_number == signal.SIGINT:
             os._exit(130)
         self.stopping = True
@@ -188,11 +188,11 @@ class Consumer:
                 self.settle(channel, held, *future.result())
                 if self.options.drain and not waiting and is_drained(channel, queue, waiting):
                     self.stopping = True
-            connection.sleep(0.1)  # take what is in flight: basic_cancel would reject it, which counts as a failure
+            connection.sleep(0.1)  # let what is in flight arrive: basic_cancel would reject it, so count it as failed
             channel.basic_cancel(consumer_tag=tag)
             for delivery_tag in held:
-                channel.basic_reject(delivery_tag=delivery_tag, requeue=True)  # which counts as a failure
-            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # the rest: since 4.3, a nack is no failure
+                channel.basic_reject(delivery_tag=delivery_tag, requeue=True)  # failed: this counts
+            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # untried: since 4.3, this does not
         finally:
             waiting.clear()  # after an outage, the worker may still be busy: it stops after the message in hand
             self.last_progress = time.monotonic()
@@ -208,7 +208,7 @@ class Consumer:
         """Handle messages; return the delivery tags of the handled, and method, properties and error of the failed."""
         handled: list[int] = []
         failed: list[Any] = []
-        end, enough = time.monotonic() + 0.1, self.options.prefetch / 2  # then stop, to have these acknowledged
+        end, enough = time.monotonic() + 0.1, self.options.prefetch / 2  # a short batch, so that acks are not late
         while waiting and self.remaining and not self.stopping and len(handled) < enough and time.monotonic() < end:
             method, properties, body = waiting.pop(0)
             if self.options.verbose:
@@ -229,7 +229,7 @@ class Consumer:
         return handled, failed
 
     def settle(self, channel: BlockingChannel, held: dict[int, Any], handled: list[int], failed: list[Any]) -> None:
-        """Acknowledge what was handled; reject what failed, for good, or hold it until it is due to be tried again."""
+        """Acknowledge what was handled. Of what failed, reject the hopeless, and hold the rest until it is due."""
         private, dead = not self.options.queue, str(self.options.queue).endswith(".dead")
         for method, properties, error in failed:
             tag, headers = method.delivery_tag, properties.headers or {}
@@ -237,7 +237,7 @@ class Consumer:
                 channel.basic_reject(delivery_tag=tag, requeue=False)
                 if private:
                     log.error("error: message %r is dropped: a private queue has no NAME.dead", properties.message_id)
-            else:  # tried again after 0.2 s, then after 1 to 5 s; where RabbitMQ 4.3 delays by itself, after 0.2 s
+            else:  # hold it 0.2 s, and from the second time on 1 to 5 s; but 0.2 s where RabbitMQ 4.3 delays by itself
                 count, by_itself = headers.get("x-delivery-count", 0), "x-acquired-count" in headers
                 delay = min(max(count, 1), 5) if method.redelivered and not by_itself else 0.2
                 held[tag] = time.monotonic() + delay, count
@@ -247,13 +247,13 @@ class Consumer:
     def give_back(self, channel: BlockingChannel, held: dict[int, Any]) -> None:
         """Return what is due to the queue. While others succeed, also return early what fills over half of the prefetch.
 
-        Before RabbitMQ 4.3, it comes back at once. If all start to fail, each is returned early about eight times, which
-        leaves it twelve tries for a minute. With a prefetch of 1 to 3, it may use up all of its tries within a second.
+        Before RabbitMQ 4.3, it comes back at once. After eight failures in a row for each held message, all seem to fail:
+        then each waits, with twelve of twenty tries left for a minute. With a prefetch of 1 to 3, all can go in a second.
         """
-        now, limit = time.monotonic(), 8 * (len(held) if self.options.prefetch > 3 else 10)  # few places: never block
+        now, limit = time.monotonic(), 8 * (len(held) if self.options.prefetch > 3 else 10)  # 1 to 3 fill at once
         for tag, (due, count) in sorted(held.items(), key=lambda item: item[1]):
             crowded = 2 * len(held) > self.options.prefetch and now < self.last_success + 1
-            if due <= now or (crowded and (self.failures_in_a_row <= limit or count > 8)):  # > 8: others succeeded
+            if due <= now or (crowded and (self.failures_in_a_row <= limit or count > 8)):  # > 8: likely bad
                 channel.basic_reject(delivery_tag=tag, requeue=True)
                 del held[tag]
 
@@ -280,7 +280,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-r", "--routing-key", action="append", metavar="KEY", help="of the binding; repeatable")
     parser.add_argument("--match", choices=["all", "any"], default="all", help="how many must match; default: all")
     parser.add_argument("-c", "--count", type=int, default=float("inf"), metavar="N", help="stop after N messages")
-    parser.add_argument("--drain", action="store_true", help="stop when nothing is left to handle")
+    parser.add_argument("--drain", action="store_true", help="stop when the queue gives no more")
     parser.add_argument("--prefetch", type=int, default=PREFETCH, metavar="N", help="default: %(default)s")
     options = parse_options(parser, argv)
     if not options.exchange and (options.type or options.routing_key or options.header):
