@@ -191,8 +191,8 @@ class Consumer:
             connection.sleep(0.1)  # let what is in flight arrive: basic_cancel would reject it, so count it as failed
             channel.basic_cancel(consumer_tag=tag)
             for delivery_tag in held:
-                channel.basic_reject(delivery_tag=delivery_tag, requeue=True)  # failed: this counts
-            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # untried: since 4.3, this does not
+                channel.basic_reject(delivery_tag=delivery_tag, requeue=True)  # failed, which x-delivery-limit counts
+            channel.basic_nack(delivery_tag=0, multiple=True, requeue=True)  # not tried; since 4.3, this is not counted
         finally:
             waiting.clear()  # after an outage, the worker may still be busy: it stops after the message in hand
             self.last_progress = time.monotonic()
@@ -237,9 +237,9 @@ class Consumer:
                 channel.basic_reject(delivery_tag=tag, requeue=False)
                 if private:
                     log.error("error: message %r is dropped: a private queue has no NAME.dead", properties.message_id)
-            else:  # hold it 0.2 s, and from the second time on 1 to 5 s; but 0.2 s where RabbitMQ 4.3 delays by itself
-                count, by_itself = headers.get("x-delivery-count", 0), "x-acquired-count" in headers
-                delay = min(max(count, 1), 5) if method.redelivered and not by_itself else 0.2
+            else:  # hold it 0.2 s, and from the second time on 1 to 5 s; but 0.2 s where RabbitMQ 4.3 delays it
+                count, delayed_by_broker = headers.get("x-delivery-count", 0), "x-acquired-count" in headers
+                delay = min(max(count, 1), 5) if method.redelivered and not delayed_by_broker else 0.2
                 held[tag] = time.monotonic() + delay, count
         for tag in handled if held else handled[-1:]:  # if none is held, the last acknowledges all before it, too
             channel.basic_ack(delivery_tag=tag, multiple=not held)
